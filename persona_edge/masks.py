@@ -1,0 +1,140 @@
+"""What a persona is, as data: positions and gates per tensor. NumPy only; knows nothing of files, models or backends.
+
+Words (docs/method.md): a *unit* is what one gate multiplies: a group of 32 consecutive weights of one row (granularity
+32) or a single weight (granularity 1). A unit's *position* in a tensor of `n_rows` x `n_columns` is the flat index
+`row * (n_columns // granularity) + unit_in_row`, in GGUF row order. A tensor is always named as GGUF names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from persona_edge.errors import InputError, PersonaNotFoundError
+
+__all__ = ["GROUP_SIZE", "Granularity", "ModelIdentity", "PersonaSet", "Plane", "Pole", "SignSample", "TensorShape"]
+
+GROUP_SIZE = 32
+Granularity = Literal[1, 32]
+Positions = NDArray[np.uint32]
+
+
+@dataclass(frozen=True)
+class TensorShape:
+    """A maskable 2-D weight: `n_rows` output features by `n_columns` input features."""
+
+    name: str
+    n_rows: int
+    n_columns: int
+
+    def n_units(self, granularity: Granularity) -> int:
+        """How many gates the tensor has; `n_columns` must be a multiple of `granularity`."""
+        if self.n_columns % granularity:
+            raise InputError(f"{self.name}: {self.n_columns} columns do not divide into groups of {granularity}")
+        return self.n_rows * (self.n_columns // granularity)
+
+
+@dataclass(frozen=True)
+class SignSample:
+    """Part of the sign sketch: the signs of a few large weights of one tensor.
+
+    `positions` are flat weight indices (row * n_columns + column), strictly ascending, shape (n,); `negative` is (n,)
+    bool, True where the weight is below zero.
+    """
+
+    positions: Positions
+    negative: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Which model a mask belongs to, whatever quantization its weights are in.
+
+    `architecture` is GGUF's `general.architecture`. `tensors` are in the model's order. `sketch` maps tensor names to
+    samples: every quantization of the same weights agrees with it, another model of the same shape does not.
+    """
+
+    architecture: str
+    tensors: tuple[TensorShape, ...]
+    sketch: Mapping[str, SignSample]
+
+    def shape(self, name: str) -> TensorShape:
+        """The shape of tensor `name`; KeyError when the model has none."""
+        for tensor in self.tensors:
+            if tensor.name == name:
+                return tensor
+        raise KeyError(name)
+
+
+@dataclass(frozen=True)
+class Plane:
+    """One mask with one gate value.
+
+    `positions` maps tensor names to strictly ascending unit positions (uint32, at least one each). `gate` is the factor
+    at strength 1: 0 suppresses, values above 1 amplify.
+    """
+
+    gate: float
+    positions: Mapping[str, Positions]
+    granularity: Granularity = 32
+
+    @property
+    def n_positions(self) -> int:
+        """How many units the plane gates."""
+        return sum(len(p) for p in self.positions.values())
+
+
+@dataclass(frozen=True)
+class Pole:
+    """One end of an axis, e.g. pole `I` of axis `EI`, with the planes that move the model there."""
+
+    name: str
+    axis: str
+    planes: tuple[Plane, ...]
+
+
+@dataclass(frozen=True)
+class PersonaSet:
+    """What a pack holds: the model's identity, poles, personas composed of poles, and the quality report.
+
+    `personas` maps a persona's name to the names of its poles (`INFP` -> `("I", "N", "F", "P")`). A pole may itself be
+    listed as a persona. `report` is JSON-compatible.
+    """
+
+    identity: ModelIdentity
+    poles: tuple[Pole, ...]
+    personas: Mapping[str, tuple[str, ...]]
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+    def pole(self, name: str) -> Pole:
+        """The pole called `name`; PersonaNotFoundError when there is none."""
+        for pole in self.poles:
+            if pole.name == name:
+                return pole
+        raise PersonaNotFoundError(f"no pole {name!r}; this pack has {_listed(p.name for p in self.poles)}")
+
+    def resolve(self, persona: str) -> tuple[Pole, ...]:
+        """The poles that `persona` is composed of, in order. Case-insensitive when that is unambiguous.
+
+        Raises PersonaNotFoundError that lists the personas there are.
+        """
+        name = _match(persona, self.personas)
+        if name is None:
+            raise PersonaNotFoundError(f"no persona {persona!r}; this pack has {_listed(self.personas)}")
+        return tuple(self.pole(pole) for pole in self.personas[name])
+
+
+def _match(wanted: str, names: Iterable[str]) -> str | None:
+    known = list(names)
+    if wanted in known:
+        return wanted
+    folded = [name for name in known if name.casefold() == wanted.casefold()]
+    return folded[0] if len(folded) == 1 else None
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names) or "none"
