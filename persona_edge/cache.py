@@ -1,0 +1,200 @@
+"""The folder that fetched models live in, and files that appear in it only when they are whole.
+
+    <cache>/models/<name>/<file>.gguf        the weights
+    <cache>/models/<name>/<file>.gguf.json   the receipt: SHA-256, size in bytes and source, written when it was fetched
+    <cache>/models/<name>/.lock              held while a process fetches into the folder
+    <cache>/models/<name>/.downloads/        what a fetch that did not finish may reuse
+
+Knows nothing of the catalogue or the network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+from persona_edge.errors import OutputError
+
+__all__ = ["IncomingFile", "Receipt", "cache_folder", "exclusive", "file_sha256", "model_folder", "writing_to"]
+
+_CHUNK = 1 << 20
+
+
+def cache_folder() -> Path:
+    """`PERSONA_EDGE_CACHE` when set, otherwise `persona-edge` in the platform's cache folder of this user."""
+    chosen = os.environ.get("PERSONA_EDGE_CACHE")
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        xdg = os.environ.get("XDG_CACHE_HOME", "")
+        base = Path(xdg) if os.path.isabs(xdg) else Path.home() / ".cache"
+    return base / "persona-edge"
+
+
+def model_folder(name: str) -> Path:
+    """Where the files of catalogue entry `name` are kept; it need not exist."""
+    return cache_folder() / "models" / name
+
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Turns an OSError of the block into an OutputError about `folder`."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OutputError(
+            f"cannot write to the model cache {folder}: {reason}; "
+            "free space there or set PERSONA_EDGE_CACHE to another folder"
+        ) from error
+
+
+def file_sha256(path: Path, progress: Callable[[int], None] = lambda done: None) -> str:
+    """SHA-256 of the file, hexadecimal. `progress` is told the bytes read so far. Raises OSError."""
+    digest = hashlib.sha256()
+    done = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            done += len(chunk)
+            progress(done)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What was fetched: with it a later run notices damage, also where the catalogue knows no checksum."""
+
+    sha256: str
+    size: int
+    source: str
+
+    @classmethod
+    def read(cls, path: Path) -> Receipt | None:
+        """The receipt of the cached file `path`; None when there is none that can be read."""
+        try:
+            data = json.loads(_receipt_path(path).read_bytes())
+            return cls(sha256=str(data["sha256"]), size=int(data["size"]), source=str(data["source"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def write(self, path: Path) -> None:
+        """Leaves the receipt next to the cached file `path`. Raises OSError."""
+        temporary = _temporary(_receipt_path(path))
+        try:
+            temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+            os.replace(temporary, _receipt_path(path))
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _receipt_path(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
+
+
+def _temporary(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+
+
+class IncomingFile:
+    """A file on its way to `target`: hashed while it is written, moved there by `publish`, gone otherwise.
+
+    Use as a context manager. Every method raises OSError when the disk refuses.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self.size = 0
+        self._target = target
+        self._path = _temporary(target)
+        self._digest = hashlib.sha256()
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> Self:
+        self._file = self._path.open("xb")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.close()
+        self._path.unlink(missing_ok=True)
+
+    @property
+    def sha256(self) -> str:
+        """Of what has been written so far."""
+        return self._digest.hexdigest()
+
+    def write(self, chunk: bytes) -> None:
+        """Appends `chunk`."""
+        assert self._file is not None, "IncomingFile is a context manager"
+        self._file.write(chunk)
+        self._digest.update(chunk)
+        self.size += len(chunk)
+
+    def publish(self) -> None:
+        """Makes the file durable and moves it to its target in one step, replacing what was there."""
+        assert self._file is not None, "IncomingFile is a context manager"
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._path, self._target)
+
+
+def remove_stale_parts(folder: Path) -> None:
+    """Removes half-written files of processes that were killed. Only the holder of the folder's lock may call it."""
+    for path in folder.glob(".*.part"):
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def exclusive(folder: Path, waiting: Callable[[], None]) -> Iterator[None]:
+    """Holds the lock of `folder`, which is created; calls `waiting` once when another process has it.
+
+    The lock belongs to the open file, so a killed process leaves none behind. Raises OSError when the folder cannot be
+    written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("ab") as file:
+        if not _try_lock(file.fileno()):
+            waiting()
+            while not _try_lock(file.fileno()):
+                time.sleep(0.2)
+        yield
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _try_lock(descriptor: int) -> bool:
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+
+else:
+    import fcntl
+
+    def _try_lock(descriptor: int) -> bool:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
