@@ -17,6 +17,7 @@ __all__ = ["BudgetResult", "Drift", "Trial", "search_budget"]
 
 _LARGEST_STEP_UP = 8.0  # a budget far too large teaches nothing but that it is too large
 _LARGEST_STEP_DOWN = 32.0
+_LEAST_LATER_STEP = math.log(1.5)
 _FIRST_EXPONENT = 1.0  # drift ~ budget until two measurements say otherwise
 _EXPONENTS = (0.3, 3.0)  # noise makes wilder slopes than any model does
 _FLOOR = 1e-3  # drift below a thousandth of its limit, or negative, is only known to be small
@@ -135,9 +136,11 @@ def _next_budget(trials: list[Trial], limits: _Limits, tolerance: float) -> floa
     assert anchor is not None  # there is at least one trial, and it is either within or not
     distance = target - math.log(limits.used(anchor.drift))  # infinite for a broken model: then the largest step down
     step = distance / _exponent(trials, limits)
+    # The first guess may be a small correction; a later one that still has no bracket must get somewhere.
+    least = 0.0 if len(trials) == 1 else _LEAST_LATER_STEP
     if anchor is low:
-        return anchor.budget * math.exp(min(max(step, math.log(1.5)), math.log(_LARGEST_STEP_UP)))
-    return anchor.budget * math.exp(max(min(step, -math.log(1.5)), -math.log(_LARGEST_STEP_DOWN)))
+        return anchor.budget * math.exp(min(max(step, least), math.log(_LARGEST_STEP_UP)))
+    return anchor.budget * math.exp(max(min(step, -least), -math.log(_LARGEST_STEP_DOWN)))
 
 
 def _inside(low: Trial, high: Trial, limits: _Limits, target: float, *, bisect: bool) -> float:
