@@ -40,6 +40,9 @@ _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _REQUIREMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.+!_-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
+# Of whole files, embeddings and all. The mixed kinds vary a little between models.
+_BITS_PER_WEIGHT = {"Q4_0": 4.6, "Q4_1": 5.1, "Q4_K_M": 4.9, "Q5_K_M": 5.7, "Q6_K": 6.6, "Q8_0": 8.5, "F16": 16.0}
+
 T = TypeVar("T")
 
 
@@ -64,6 +67,11 @@ class Source:
     sha256: str | None
     size: int | None
     verified: bool
+
+    def estimated_size(self, parameters: int) -> int | None:
+        """Bytes that `parameters` weights take in this quantization, roughly; None for an unknown one."""
+        bits = _BITS_PER_WEIGHT.get(self.quantization)
+        return round(parameters * bits / 8) if bits is not None else None
 
 
 @dataclass(frozen=True)

