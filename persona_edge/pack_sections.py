@@ -1,0 +1,100 @@
+"""The sections of a mask pack: the sign sketch and the planes, as bytes and back. One section at a time, no files.
+
+    sketch section   one sign bit per sample, padded to whole bytes; then the samples' positions (granularity 1)
+    plane section    the positions
+
+Positions are coded by `persona_edge.bits`, tensors in the order of the identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from persona_edge.bits import CodecError, decode_positions, encode_positions
+from persona_edge.masks import Granularity, ModelIdentity, Plane, SignSample
+from persona_edge.pack_errors import PackPlaneError, PackSketchError
+from persona_edge.pack_header import Header, PlaneEntry, units_per_tensor
+from persona_edge.pack_json import short
+
+__all__ = ["decode_identity", "decode_plane", "encode_plane", "encode_sketch"]
+
+Positions = NDArray[np.uint32]
+
+
+def encode_plane(plane: Plane, identity: ModelIdentity, where: str) -> bytes:
+    """The plane's section; PackPlaneError, which begins with `where`, for positions that the identity has not."""
+    try:
+        return _encode(plane.positions, identity, plane.granularity)
+    except CodecError as error:
+        raise PackPlaneError(f"{where}: {error}") from None
+
+
+def decode_plane(entry: PlaneEntry, header: Header, data: bytes) -> Plane:
+    """The plane whose section is `data`; PackPlaneError when it is not an encoding of the positions announced."""
+    try:
+        positions = decode_positions(data, units_per_tensor(header.tensors, entry.granularity), entry.n_positions)
+    except CodecError as error:
+        section = header.sections[entry.section]
+        raise PackPlaneError(f"section {section.name!r} at byte {section.offset}: {error}") from None
+    found = {t.name: _frozen(p) for t, p in zip(header.tensors, positions, strict=True) if len(p)}
+    return Plane(entry.gate, found, entry.granularity)
+
+
+def encode_sketch(identity: ModelIdentity) -> bytes:
+    """The sketch section; PackSketchError for samples that the identity's tensors do not have."""
+    try:
+        positions = _encode({name: sample.positions for name, sample in identity.sketch.items()}, identity, 1)
+    except CodecError as error:
+        raise PackSketchError(f"the sign sketch: {error}") from None
+    samples = [identity.sketch[t.name] for t in identity.tensors if t.name in identity.sketch]
+    if not samples:
+        raise PackSketchError("the identity has no sign sketch; persona_edge.sketch.sample_signs makes one")
+    for sample in samples:
+        if sample.negative.shape != sample.positions.shape or sample.negative.dtype != np.bool_:
+            raise PackSketchError("the sign sketch does not have one true or false per position")
+    return np.packbits(np.concatenate([s.negative for s in samples]), bitorder="little").tobytes() + positions
+
+
+def decode_identity(header: Header, data: bytes) -> ModelIdentity:
+    """The identity whose sketch section is `data`; PackSketchError when it is not an encoding of the samples."""
+    where = f"section 'sketch' at byte {header.sections[0].offset}"
+    n_samples = header.n_sketch_positions
+    n_sign_bytes = (n_samples + 7) // 8
+    if len(data) < n_sign_bytes:
+        raise PackSketchError(f"{where}: {len(data)} bytes are too few for {n_samples} signs")
+    bits = np.unpackbits(np.frombuffer(data[:n_sign_bytes], dtype=np.uint8), bitorder="little")
+    if bits[n_samples:].any():
+        raise PackSketchError(f"{where}: the padding of the signs is not zero")
+    try:
+        positions = decode_positions(data[n_sign_bytes:], units_per_tensor(header.tensors, 1), n_samples)
+    except CodecError as error:
+        raise PackSketchError(f"{where}: {error}") from None
+    ends = np.cumsum([len(p) for p in positions])
+    negatives = np.split(bits[:n_samples].astype(np.bool_), ends[:-1])
+    sketch = {
+        tensor.name: SignSample(_frozen(found), negative)
+        for tensor, found, negative in zip(header.tensors, positions, negatives, strict=True)
+        if len(found)
+    }
+    return ModelIdentity(header.architecture, header.tensors, sketch)
+
+
+def _encode(positions: Mapping[str, Positions], identity: ModelIdentity, granularity: Granularity) -> bytes:
+    unknown = positions.keys() - {tensor.name for tensor in identity.tensors}
+    if unknown:
+        raise CodecError(f"tensor {short(min(unknown))} is not among the model's {len(identity.tensors)}")
+    empty = [name for name, found in positions.items() if not len(found)]
+    if empty:
+        raise CodecError(f"tensor {short(empty[0])} is listed without positions; leave it out")
+    none = np.zeros(0, dtype=np.uint32)
+    units = units_per_tensor(identity.tensors, granularity)
+    return encode_positions(units, [positions.get(tensor.name, none) for tensor in identity.tensors])
+
+
+def _frozen(positions: Positions) -> Positions:
+    """Positions are shared by everyone who decodes them: nobody may change them."""
+    positions.setflags(write=False)
+    return positions
