@@ -113,10 +113,12 @@ def search_budget(
 
 
 def _bracket(trials: list[Trial]) -> tuple[Trial | None, Trial | None]:
-    """The largest budget within the limits, and the smallest above it (or of all) that is not."""
+    """The largest budget within the limits and the smallest that is not; the first is below the second, as no budget
+    above a failed one is ever tried.
+    """
     low = max((trial for trial in trials if trial.within), key=lambda trial: trial.budget, default=None)
-    above = [trial for trial in trials if not trial.within and (low is None or trial.budget > low.budget)]
-    return low, min(above, key=lambda trial: trial.budget, default=None)
+    high = min((trial for trial in trials if not trial.within), key=lambda trial: trial.budget, default=None)
+    return low, high
 
 
 def _is_done(trials: list[Trial], limits: _Limits, tolerance: float) -> bool:

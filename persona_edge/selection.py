@@ -103,7 +103,6 @@ class RankedUnits:
         damages = np.zeros(_N_BUCKETS, np.float64)
         for name, keys in self.keys.items():
             damages += np.bincount(_buckets(keys), weights=self.damage[name], minlength=_N_BUCKETS)
-        damages[0] = 0
         return damages
 
     def _cut(self, totals: NDArray[np.float64], cost: Mapping[str, Floats] | None, limit: float) -> PositionMap:

@@ -90,6 +90,24 @@ def test_a_broken_model_counts_as_beyond_the_limit() -> None:
     assert not result.trials[0].within
 
 
+def test_a_drift_that_is_no_number_counts_as_broken_even_if_the_perplexity_is_fine() -> None:
+    result = search(lambda b: Drift(1.0, math.nan) if b > 1e-3 else Drift(1.0, 150 * b), n_steps=8)
+    assert [trial.within for trial in result.trials[:2]] == [False, True]
+    assert 0.5e-3 < result.budget <= 1e-3
+
+
+def test_the_exponent_is_learned_from_the_first_two_measurements() -> None:
+    """Drift that grows as a square root, from 16 times the limit: a fixed exponent of 1 takes 6 measurements."""
+    assert len(search(power_law(0.003 / 16, 0.5)).trials) == 3
+
+
+def test_secants_that_creep_along_a_steep_curve_give_way_to_bisection() -> None:
+    """Drift that grows as the 12th power: secants alone end at two thirds of the limit after 6 measurements."""
+    limit = 0.003 / 4
+    result = search(lambda budget: Drift(1.0, 0.01 + 0.19 * (budget / limit) ** 12))
+    assert 0.95 * limit <= result.budget <= limit
+
+
 def test_the_tighter_limit_decides() -> None:
     result = search(lambda b: Drift(math.exp(10 * b), b))
     assert 1.018 < result.drift.perplexity_ratio <= 1.02

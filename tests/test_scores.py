@@ -152,8 +152,8 @@ def test_kfac_sees_parts_that_cancel_where_the_gate_fisher_is_blind() -> None:
 
 def test_combined_damage_takes_the_larger_text_then_adds_the_larger_fisher() -> None:
     kfac = (array([1, 5]), array([2, 3]))
-    fisher = (scores.gate_fisher_damage(array([2, 0])), scores.gate_fisher_damage(array([0, 1])))
-    assert np.array_equal(scores.combined_damage(kfac, fisher), array([3, 5.5]))
+    fisher = (scores.gate_fisher_damage(array([2, 1])), scores.gate_fisher_damage(array([1, 4])))
+    assert np.array_equal(scores.combined_damage(kfac, fisher), array([3, 7]))
     assert np.array_equal(scores.combined_damage(kfac), array([2, 5]))
 
 

@@ -110,6 +110,14 @@ def test_ties_go_to_the_earlier_tensor_then_the_lower_position() -> None:
     assert listed(selection.rank(same, same).take(3)) == {"z": [0, 1], "a": [0]}
 
 
+def test_ties_keep_their_order_among_thousands() -> None:
+    levels = np.random.default_rng(0).integers(0, 2, 20_000)  # two keys that share a bucket, each thousands of times
+    values = (1 + levels / 1024).astype(np.float32).reshape(2, 10_000)
+    order = np.argsort(-values.ravel(), kind="stable")
+    found = selection.select_by_density({"x": values}, 0.25)
+    assert np.array_equal(found["x"], np.sort(order[:5000]))
+
+
 def test_epsilon_outranks_units_that_neither_help_nor_harm() -> None:
     benefit, damage = {"x": array([1e-9, 1])}, {"x": array([1e-14, 1e-3])}  # bare ratios 1e5 and 1e3
     assert listed(selection.rank(benefit, damage, epsilon=1e-7).take_density(0.5)) == {"x": [1]}
