@@ -1,0 +1,40 @@
+"""The C extension; see csrc/. Use it through persona_edge.runtime.kernels, which has a NumPy twin."""
+
+from typing import Any, NewType
+
+import numpy as np
+from numpy.typing import NDArray
+
+Layout = NewType("Layout", object)
+Tensors = NewType("Tensors", object)
+_Log = tuple[NDArray[Any], ...]
+
+def layout(words: NDArray[np.int32], /) -> Layout: ...
+def tensors(layouts: tuple[Layout, ...], data: tuple[NDArray[np.uint8], ...], /) -> Tensors: ...
+def gather(
+    layout: Layout,
+    granularity: int,
+    data: NDArray[np.uint8],
+    positions: NDArray[np.uint32],
+    fields: NDArray[np.uint8],
+    /,
+) -> None: ...
+def scatter(
+    layout: Layout,
+    granularity: int,
+    data: NDArray[np.uint8],
+    positions: NDArray[np.uint32],
+    fields: NDArray[np.uint8],
+    /,
+) -> None: ...
+def scale(
+    layout: Layout,
+    granularity: int,
+    data: NDArray[np.uint8],
+    positions: NDArray[np.uint32],
+    fields: NDArray[np.uint8],
+    gates: NDArray[np.float32],
+    out: NDArray[np.uint8],
+    /,
+) -> None: ...
+def switch(tensors: Tensors, old: _Log, new: _Log, /) -> tuple[int, int, int]: ...

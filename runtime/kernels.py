@@ -1,0 +1,201 @@
+"""The editing kernels: the C extension where it compiled, else its NumPy twin, behind one small interface.
+
+`PERSONA_EDGE_KERNELS=numpy` forces the twin, `=c` makes a missing extension an error. Both give the same bytes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from persona_edge.errors import InputError, MissingDependencyError
+from persona_edge.masks import Granularity
+from persona_edge.runtime import numpy_kernels
+from persona_edge.runtime.layouts import FieldMap, Units, WeightLayout
+from persona_edge.runtime.number_formats import NumberFormat
+from persona_edge.runtime.plans import SwitchCounts, UndoLog
+
+if TYPE_CHECKING:
+    from persona_edge.runtime import _kernels
+
+__all__ = ["CKernels", "Kernels", "NumpyKernels", "default_kernels", "implementation", "layout_words"]
+
+Bytes = NDArray[np.uint8]
+Gates = NDArray[np.float32]
+TensorSet = Any  # what `tensors` gave; only the kernels that made it can read it
+
+
+class Kernels(Protocol):
+    """The three primitives and the switch. ValueError for positions outside the tensor and non-finite gates."""
+
+    name: Literal["c", "numpy"]
+
+    def gather(self, units: Units) -> Bytes:
+        """The fields of `units` (n): (n, n_field_bytes) uint8."""
+        ...
+
+    def scale(self, units: Units, fields: Bytes, gates: Gates) -> Bytes:
+        """`fields` times `gates` (n,). Pure; the data must hold the base scales when single weights are gated."""
+        ...
+
+    def scatter(self, units: Units, fields: Bytes) -> None:
+        """Write `fields` to `units`. CHANGES their data; undone by writing what `gather` gave before."""
+        ...
+
+    def tensors(self, layouts: Sequence[WeightLayout], data: Sequence[Bytes]) -> TensorSet:
+        """The tensors that plans refer to by number, for `switch`. Keeps their memory alive."""
+        ...
+
+    def switch(self, tensors: TensorSet, old: UndoLog, new: UndoLog) -> SwitchCounts:
+        """CHANGE the tensors from the state that `old` undoes to base plus `new`'s gates, filling `new`'s log.
+
+        Writes only what differs. ValueError before the first write when a plan does not fit the tensors.
+        """
+        ...
+
+
+class NumpyKernels:
+    """The NumPy twin; see Kernels for the methods."""
+
+    name: Literal["c", "numpy"] = "numpy"
+
+    def gather(self, units: Units) -> Bytes:
+        """See Kernels."""
+        _check_inside(units)
+        return numpy_kernels.gather(units)
+
+    def scale(self, units: Units, fields: Bytes, gates: Gates) -> Bytes:
+        """See Kernels."""
+        _check_inside(units)
+        if not np.isfinite(gates).all():
+            raise ValueError("a gate is not finite")
+        return numpy_kernels.scale(units, fields, gates)
+
+    def scatter(self, units: Units, fields: Bytes) -> None:
+        """See Kernels."""
+        _check_inside(units)
+        numpy_kernels.scatter(units, fields)
+
+    def tensors(self, layouts: Sequence[WeightLayout], data: Sequence[Bytes]) -> TensorSet:
+        """See Kernels."""
+        return [numpy_kernels.Tensor(layout, memory) for layout, memory in zip(layouts, data, strict=True)]
+
+    def switch(self, tensors: TensorSet, old: UndoLog, new: UndoLog) -> SwitchCounts:
+        """See Kernels."""
+        for log in (old, new):
+            numpy_kernels.check_log(tensors, log)
+        return numpy_kernels.switch(tensors, old, new)
+
+
+class CKernels:
+    """The C extension; see Kernels for the methods. MissingDependencyError when it did not compile here."""
+
+    name: Literal["c", "numpy"] = "c"
+
+    def __init__(self) -> None:
+        self._native = _native()
+        self._layouts: dict[int, _kernels.Layout] = {}
+
+    def gather(self, units: Units) -> Bytes:
+        """See Kernels."""
+        fields = np.empty((len(units.positions), units.map.n_field_bytes), np.uint8)
+        self._native.gather(*self._arguments(units), fields)
+        return fields
+
+    def scale(self, units: Units, fields: Bytes, gates: Gates) -> Bytes:
+        """See Kernels."""
+        out = np.empty(fields.shape, np.uint8)
+        gates = np.ascontiguousarray(gates, np.float32)
+        self._native.scale(*self._arguments(units), np.ascontiguousarray(fields), gates, out)
+        return out
+
+    def scatter(self, units: Units, fields: Bytes) -> None:
+        """See Kernels."""
+        self._native.scatter(*self._arguments(units), np.ascontiguousarray(fields))
+
+    def tensors(self, layouts: Sequence[WeightLayout], data: Sequence[Bytes]) -> TensorSet:
+        """See Kernels."""
+        return self._native.tensors(tuple(self._layout(layout) for layout in layouts), tuple(data))
+
+    def switch(self, tensors: TensorSet, old: UndoLog, new: UndoLog) -> SwitchCounts:
+        """See Kernels."""
+        return SwitchCounts(*self._native.switch(tensors, _arrays(old), _arrays(new)))
+
+    def _layout(self, layout: WeightLayout) -> _kernels.Layout:
+        if layout.ggml_type not in self._layouts:
+            self._layouts[layout.ggml_type] = self._native.layout(layout_words(layout))
+        return self._layouts[layout.ggml_type]
+
+    def _arguments(self, units: Units) -> tuple[_kernels.Layout, Granularity, Bytes, NDArray[np.uint32]]:
+        positions = np.ascontiguousarray(units.positions, np.uint32)
+        return self._layout(units.layout), units.granularity, units.data, positions
+
+
+@cache
+def default_kernels() -> Kernels:
+    """The kernels to use, by PERSONA_EDGE_KERNELS (`c`, `numpy` or unset) and by what compiled."""
+    wanted = os.environ.get("PERSONA_EDGE_KERNELS", "")
+    if wanted not in ("", "c", "numpy"):
+        raise InputError(f"PERSONA_EDGE_KERNELS is {wanted!r}; set it to c or numpy, or unset it")
+    if wanted == "numpy":
+        return NumpyKernels()
+    try:
+        return CKernels()
+    except MissingDependencyError:
+        if wanted == "c":
+            raise
+        return NumpyKernels()
+
+
+def implementation() -> Literal["c", "numpy"]:
+    """Which kernels `default_kernels` gives."""
+    return default_kernels().name
+
+
+def layout_words(layout: WeightLayout) -> NDArray[np.int32]:
+    """A layout as the int32 words that `pe_layout_parse` in csrc/layout.c reads."""
+    words = [*_map_words(layout.group), *_map_words(layout.weight), *_number_words(layout.numbers)]
+    codes = layout.codes
+    if codes is None:
+        words.append(0)
+    else:
+        words += [1, *_number_words(codes.numbers), codes.n_scales, codes.min_sign, codes.super_scale, codes.super_min]
+        words += [len(codes.codebook), *codes.codebook]
+    return np.array(words, np.int32)
+
+
+def _map_words(units: FieldMap) -> list[int]:
+    head = [units.units_per_block.bit_length() - 1, units.block_bytes, units.n_field_bytes, units.pieces.shape[2]]
+    return [*head, *units.pieces.ravel().tolist()]
+
+
+def _number_words(numbers: NumberFormat) -> list[int]:
+    return [int(numbers.kind), numbers.flip, numbers.zero, numbers.max]
+
+
+def _arrays(log: UndoLog) -> tuple[NDArray[Any], ...]:
+    plan = log.plan
+    where = (plan.tensors, plan.granularities, plan.starts, plan.field_starts)
+    return (*where, plan.positions, plan.mixes, plan.gates, log.fields, log.filled)
+
+
+def _check_inside(units: Units) -> None:
+    if len(units.positions) and int(units.positions.max()) >= units.map.n_units(units.data.size):
+        raise ValueError("positions exceed the tensor")
+
+
+def _native() -> ModuleType:
+    try:
+        from persona_edge.runtime import _kernels
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"the C kernels are not compiled ({error}); reinstall persona-edge where there is a C compiler, "
+            "or unset PERSONA_EDGE_KERNELS"
+        ) from None
+    return _kernels
