@@ -150,7 +150,7 @@ def _print_anything(stream: TextIO) -> None:
         stream.reconfigure(errors="replace")
 
 
-@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(_PROGRAM, cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name=_PROGRAM)
 def main() -> None:
     """Give a local language model a character, by masking a small share of its quantized weights in place."""

@@ -13,9 +13,9 @@ _REDRAW_SECONDS = 0.1
 
 def bytes_text(n_bytes: int) -> str:
     """`n_bytes` in decimal units, as file managers and download pages count: `98 MB`, `4.9 GB`."""
-    if n_bytes < 1_000_000:
-        return f"{max(n_bytes, 0) / 1e3:.0f} kB"
-    if n_bytes < 1_000_000_000:
+    if n_bytes < 999_500:
+        return f"{n_bytes / 1e3:.0f} kB"
+    if n_bytes < 999_500_000:
         return f"{n_bytes / 1e6:.0f} MB"
     return f"{n_bytes / 1e9:.1f} GB"
 
