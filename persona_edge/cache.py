@@ -1,4 +1,4 @@
-"""The folder that fetched models live in, and files that appear in it only when they are whole.
+"""The folder that fetched models live in: its lock, and the receipts by which damage shows.
 
     <cache>/models/<name>/<file>.gguf        the weights
     <cache>/models/<name>/<file>.gguf.json   the receipt: SHA-256, size in bytes and source, written when it was fetched
@@ -13,19 +13,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO, Self
 
 from persona_edge.errors import OutputError
+from persona_edge.files import write_atomically
 
-__all__ = ["IncomingFile", "Receipt", "cache_folder", "exclusive", "file_sha256", "model_folder", "writing_to"]
+__all__ = [
+    "Receipt",
+    "cache_folder",
+    "exclusive",
+    "file_sha256",
+    "model_folder",
+    "remove_stale_parts",
+    "writing_to",
+]
 
 _CHUNK = 1 << 20
 
@@ -93,72 +99,18 @@ class Receipt:
             return None
 
     def write(self, path: Path) -> None:
-        """Leaves the receipt next to the cached file `path`. Raises OSError."""
-        temporary = _temporary(_receipt_path(path))
-        try:
-            temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-            os.replace(temporary, _receipt_path(path))
-        finally:
-            temporary.unlink(missing_ok=True)
+        """Leaves the receipt next to the cached file `path`. Raises OutputError."""
+        text = json.dumps(asdict(self), indent=2) + "\n"
+        write_atomically(_receipt_path(path), text.encode())
 
 
 def _receipt_path(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-def _temporary(target: Path) -> Path:
-    return target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
-
-
-class IncomingFile:
-    """A file on its way to `target`: hashed while it is written, moved there by `publish`, gone otherwise.
-
-    Use as a context manager. Every method raises OSError when the disk refuses.
-    """
-
-    def __init__(self, target: Path) -> None:
-        self.size = 0
-        self._target = target
-        self._path = _temporary(target)
-        self._digest = hashlib.sha256()
-        self._file: BinaryIO | None = None
-
-    def __enter__(self) -> Self:
-        self._file = self._path.open("xb")
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._file is not None:
-            with suppress(OSError):
-                self._file.close()
-        self._path.unlink(missing_ok=True)
-
-    @property
-    def sha256(self) -> str:
-        """Of what has been written so far."""
-        return self._digest.hexdigest()
-
-    def write(self, chunk: bytes) -> None:
-        """Appends `chunk`."""
-        assert self._file is not None, "IncomingFile is a context manager"
-        self._file.write(chunk)
-        self._digest.update(chunk)
-        self.size += len(chunk)
-
-    def publish(self) -> None:
-        """Makes the file durable and moves it to its target in one step, replacing what was there."""
-        assert self._file is not None, "IncomingFile is a context manager"
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self._path, self._target)
-
-
 def remove_stale_parts(folder: Path) -> None:
     """Removes half-written files of processes that were killed. Only the holder of the folder's lock may call it."""
-    for path in folder.glob(".*.part"):
+    for path in folder.glob(".persona-edge-*.tmp"):
         path.unlink(missing_ok=True)
 
 

