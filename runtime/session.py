@@ -1,0 +1,316 @@
+"""A model you can talk to, whose personas switch in place: the object users of the runtime hold.
+
+    with PersonaRuntime.open("SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct.Q4_1.mbti16.maskpack") as model:
+        model.switch("INFP")
+        print(model.chat([{"role": "user", "content": "What do you do on a free evening?"}]).text)
+        model.base()
+
+A switch edits the weights in this process's memory: everything generated from this object follows, in all threads. Keys
+and values computed with the old weights would contaminate the new persona, so a switch that changes weights empties
+the KV cache, and the next generation evaluates its prompt again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from time import perf_counter
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from persona_edge.errors import GenerationError, InputError
+from persona_edge.maskpack import MaskPack
+from persona_edge.masks import PersonaSet, Pole, TensorShape
+from persona_edge.runtime.chat_template import ChatTemplate
+from persona_edge.runtime.dequantize import dequantize
+from persona_edge.runtime.fair_lock import FairLock
+from persona_edge.runtime.generation import generate_pieces
+from persona_edge.runtime.llama_backend import LlamaBackend
+from persona_edge.runtime.llama_weights import LlamaModel, find_tensors, weights_digest
+from persona_edge.runtime.switcher import PersonaProgram, Switcher, WeightTensor, compile_program
+from persona_edge.runtime.values import Completion, FinishReason, Message, SamplingOptions, SwitchReport
+from persona_edge.sketch import check_identity
+
+__all__ = ["Completion", "FinishReason", "Message", "PersonaRuntime", "SamplingOptions", "SwitchReport"]
+
+_PROGRAMS_KEPT = 32
+_DEFAULT_OPTIONS = SamplingOptions()
+
+
+class PersonaRuntime:
+    """A loaded model, an optional mask pack, and one conversation's KV cache. Make one with `open`.
+
+    Methods may be called from several threads: each waits for at most one token (or one `logits` call) of another.
+    After `close` every method raises GenerationError.
+    """
+
+    def __init__(self, model: LlamaModel, backend: LlamaBackend, seed: int) -> None:
+        """Takes over `model` and `backend` and closes them; `open` is the usual way."""
+        self._model, self._backend, self._seed = model, backend, seed
+        self._lock = FairLock()
+        self._tensors = find_tensors(model)
+        vocabulary = backend.vocabulary
+        source = model.metadata("tokenizer.chat_template")
+        self._template = ChatTemplate(source, vocabulary.bos_text, vocabulary.eos_text)
+        self._attached: _Attached | None = None
+        self._last_switch: SwitchReport | None = None
+        self._n_generations = 0
+        self._persona: str | None = None
+        self._strength = 0.0
+        self._is_open = True
+
+    @classmethod
+    def open(
+        cls,
+        model: str | os.PathLike[str],
+        pack: str | os.PathLike[str] | MaskPack | None = None,
+        *,
+        n_ctx: int = 4096,
+        n_threads: int | None = None,
+        seed: int = 0,
+    ) -> Self:
+        """Load the GGUF file `model` and attach `pack` if given. Nothing is written to the weights yet.
+
+        `n_ctx` is capped at what the model was trained for; `n_threads` None takes the physical cores. The seed makes
+        a whole session repeatable. Raises InputError, ModelNotFoundError, ModelFileError, UnsupportedModelError,
+        WeightAccessError, MissingDependencyError, and what `attach` raises.
+        """
+        with ExitStack() as on_failure:
+            loaded = LlamaModel(model)
+            on_failure.callback(loaded.close)
+            backend = LlamaBackend(loaded, n_ctx=n_ctx, n_threads=n_threads)
+            on_failure.callback(backend.close)
+            runtime = cls(loaded, backend, seed)
+            if pack is not None:
+                runtime.attach(pack)
+            on_failure.pop_all()
+        return runtime
+
+    def attach(self, pack: str | os.PathLike[str] | MaskPack) -> None:
+        """Make the personas of `pack` available, in place of those of an earlier pack.
+
+        Goes back to base, then checks that the pack belongs to these weights: architecture, shapes, and the signs of
+        sampled weights. Raises PackError, ModelMismatchError or UnsupportedModelError; the earlier pack then stays.
+        """
+        opened = pack if isinstance(pack, MaskPack) else MaskPack.open(Path(pack))
+        with self._lock:
+            self._check_open()
+            if self._persona is not None:
+                self._edit(None, None, 0.0)
+            self._attached = _Attached(opened, self._model.architecture, self._tensors)
+
+    @property
+    def personas(self) -> tuple[str, ...]:
+        """The personas of the attached pack; none without one."""
+        return () if self._attached is None else tuple(self._attached.pack.personas)
+
+    @property
+    def persona(self) -> str | None:
+        """The active persona; None for the unmodified model."""
+        return self._persona
+
+    @property
+    def strength(self) -> float:
+        """The active persona's strength, 0 to 1; 0 for the unmodified model."""
+        return self._strength
+
+    @property
+    def n_ctx(self) -> int:
+        """How many tokens prompt and answer may have together."""
+        return self._backend.n_ctx
+
+    @property
+    def n_vocab(self) -> int:
+        """How many tokens there are."""
+        return self._backend.vocabulary.n_tokens
+
+    @property
+    def last_switch(self) -> SwitchReport | None:
+        """The latest switch; its `seconds_to_first_token` is filled in by the generation that follows."""
+        return self._last_switch
+
+    def switch(self, persona: str, strength: float = 1.0) -> SwitchReport:
+        """Edit the weights to be `persona` at `strength` (0 to 1), whatever they are now. Undone by `base`.
+
+        Names are case-insensitive. A generation in another thread is interrupted between two tokens and goes on in the
+        new persona. Raises PersonaNotFoundError or InputError, with nothing written; any failure while writing
+        leaves the unmodified model.
+        """
+        strength = _checked_strength(strength)
+        with self._lock:
+            self._check_open()
+            if self._attached is None:
+                raise InputError("no mask pack is attached, so there is no persona to switch to; attach one first")
+            name = self._attached.name_of(persona)
+            program = self._attached.program(name, strength)
+            return self._edit(program, name, strength)
+
+    def base(self) -> SwitchReport:
+        """Restore every byte of the unmodified model. The inverse of `switch`."""
+        with self._lock:
+            self._check_open()
+            return self._edit(None, None, 0.0)
+
+    def generate(self, prompt: str, options: SamplingOptions = _DEFAULT_OPTIONS) -> Completion:
+        """Continue `prompt` as plain text. Raises InputError when it is empty or longer than the context."""
+        return _run_to_end(self._start(self.tokenize(prompt), options))
+
+    def stream(self, prompt: str, options: SamplingOptions = _DEFAULT_OPTIONS) -> Iterator[str]:
+        """Like `generate`, piece by piece as tokens come. It may be closed, or left, at any point."""
+        return self._start(self.tokenize(prompt), options)
+
+    def chat(self, messages: Sequence[Message], options: SamplingOptions = _DEFAULT_OPTIONS) -> Completion:
+        """Answer a conversation, by the model's own chat template. InputError for messages that it does not accept."""
+        return _run_to_end(self._start(*self._rendered(messages, options)))
+
+    def stream_chat(self, messages: Sequence[Message], options: SamplingOptions = _DEFAULT_OPTIONS) -> Iterator[str]:
+        """Like `chat`, piece by piece as tokens come."""
+        return self._start(*self._rendered(messages, options))
+
+    def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Logits at each position of `tokens`, (n_tokens, n_vocab) float32. The KV cache is empty before and after."""
+        with self._lock:
+            self._check_open()
+            return self._backend.logits(tokens)
+
+    def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
+        """Token ids; `add_special` adds BOS where the model wants it, `parse_special` reads control tokens' names."""
+        with self._lock:
+            self._check_open()
+            return self._backend.vocabulary.tokenize(text, add_special=add_special, parse_special=parse_special)
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """The text of `tokens`, control tokens by their names."""
+        with self._lock:
+            self._check_open()
+            return self._backend.vocabulary.detokenize(tokens)
+
+    def weights_digest(self) -> str:
+        """SHA-256 over the memory of every tensor of the model: equal digests mean equal weights."""
+        with self._lock:
+            self._check_open()
+            return weights_digest(self._tensors.values())
+
+    def close(self) -> None:
+        """Free the model. A generation that is under way raises GenerationError at its next token."""
+        with self._lock:
+            self._is_open = False
+            self._attached, self._tensors = None, {}
+            self._backend.close()
+            self._model.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _edit(self, program: PersonaProgram | None, persona: str | None, strength: float) -> SwitchReport:
+        """Apply `program`, or restore base for None; the KV cache and the state follow. The caller holds the lock."""
+        started = perf_counter()
+        n_units = n_bytes = 0
+        if self._attached is not None:
+            try:
+                n_units, n_bytes = self._attached.write(program)
+                if n_units:
+                    self._backend.clear()
+            except BaseException:
+                self._attached.write(None)
+                self._persona, self._strength = None, 0.0
+                self._backend.clear()
+                raise
+        self._persona, self._strength = persona, strength
+        report = SwitchReport(persona, strength, n_units, n_bytes, perf_counter() - started)
+        self._last_switch = report
+        return report
+
+    def _rendered(self, messages: Sequence[Message], options: SamplingOptions) -> tuple[list[int], SamplingOptions]:
+        prompt = self._template.render(messages)
+        bos = self._backend.vocabulary.bos_text
+        has_bos = bool(bos) and prompt.text.startswith(bos)
+        tokens = self.tokenize(prompt.text, add_special=not has_bos)
+        return tokens, replace(options, stop=options.stop + prompt.stop)
+
+    def _start(self, tokens: list[int], options: SamplingOptions) -> Generator[str, None, Completion]:
+        """Check the prompt now, generate when the result is iterated over."""
+        if not tokens:
+            raise InputError("the prompt is empty; give at least one word")
+        if len(tokens) > self.n_ctx:
+            raise InputError(
+                f"the prompt has {len(tokens)} tokens, but the context holds {self.n_ctx}; "
+                "shorten it, or open the model with a larger n_ctx"
+            )
+        if options.seed is None:
+            options = replace(options, seed=(self._seed + self._n_generations) % 2**32)
+        self._n_generations += 1
+        return generate_pieces(self._backend, self._lock, tokens, options, self._complete_last_switch)
+
+    def _complete_last_switch(self, seconds_to_first_token: float) -> None:
+        switch = self._last_switch
+        if switch is not None and switch.seconds_to_first_token is None:
+            self._last_switch = replace(switch, seconds_to_first_token=switch.seconds + seconds_to_first_token)
+
+    def _check_open(self) -> None:
+        if not self._is_open:
+            raise GenerationError("this session is closed; open the model again")
+
+
+class _Attached:
+    """A pack that was found to belong to the model, and the switcher of the tensors that it gates."""
+
+    def __init__(self, pack: MaskPack, architecture: str, tensors: dict[str, WeightTensor]) -> None:
+        shapes = (TensorShape(tensor.name, tensor.n_rows, tensor.n_columns) for tensor in tensors.values())
+        check_identity(pack.identity, architecture, shapes, lambda name, at: _weights_at(tensors[name], at))
+        self.pack = pack
+        self._switcher = Switcher({shape.name: tensors[shape.name] for shape in pack.identity.tensors})
+        poles = tuple(Pole(name, "", ()) for name in pack.pole_names)  # names alone: positions are decoded when needed
+        self._outline = PersonaSet(pack.identity, poles, pack.personas)
+        self.program = lru_cache(maxsize=_PROGRAMS_KEPT)(self._compile)
+
+    def name_of(self, persona: str) -> str:
+        """`persona` as the pack spells it; PersonaNotFoundError when it has none."""
+        self._outline.resolve(persona)
+        if persona in self.pack.personas:
+            return persona
+        return next(name for name in self.pack.personas if name.casefold() == persona.casefold())
+
+    def write(self, program: PersonaProgram | None) -> tuple[int, int]:
+        """Edit the weights to `program`, or back to base for None: units and bytes written."""
+        stats = self._switcher.restore() if program is None else self._switcher.apply(program)
+        return stats.n_units_written, stats.n_bytes
+
+    def _compile(self, name: str, strength: float) -> PersonaProgram:
+        poles = [self.pack.pole(pole.name) for pole in self._outline.resolve(name)]
+        return compile_program(poles, strength)
+
+
+def _weights_at(tensor: WeightTensor, positions: NDArray[np.uint32]) -> NDArray[np.float32]:
+    return dequantize(tensor.data, tensor.ggml_type, positions)
+
+
+def _run_to_end(pieces: Generator[str, None, Completion]) -> Completion:
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as end:
+            completion: Completion = end.value
+            return completion
+
+
+def _checked_strength(strength: float) -> float:
+    try:
+        value = float(strength)
+    except (TypeError, ValueError):
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise InputError(f"strength is {strength!r}; it must be a number between 0 (base) and 1 (the whole persona)")
+    return value
