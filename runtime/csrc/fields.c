@@ -4,6 +4,8 @@
 
 #include <string.h>
 
+enum { AHEAD = 24 }; /* units whose cache lines are asked for in advance */
+
 /* ---- numbers ---- */
 
 static uint64_t bits_of(double x) {
@@ -29,18 +31,18 @@ static const struct {
     int n_exponent, n_fraction, n_bytes;
 } FLOATS[] = {{0, 0, 1}, {5, 10, 2}, {8, 7, 2}, {8, 23, 4}};
 
-static uint32_t load(const uint8_t *raw, int n_bytes) {
+static inline uint32_t load(const uint8_t *raw, int n_bytes) {
     uint32_t bits = 0;
     for (int i = 0; i < n_bytes; i++) bits |= (uint32_t)raw[i] << 8 * i;
     return bits;
 }
 
-static void store(uint8_t *raw, int n_bytes, uint32_t bits) {
+static inline void store(uint8_t *raw, int n_bytes, uint32_t bits) {
     for (int i = 0; i < n_bytes; i++) raw[i] = (uint8_t)(bits >> 8 * i);
 }
 
 /* The value of a float's bits, exactly; the caller has set NaN and infinities apart or wants them as such. */
-static double decode_float(uint32_t bits, int n_exponent, int n_fraction) {
+static inline double decode_float(uint32_t bits, int n_exponent, int n_fraction) {
     const int bias = (1 << (n_exponent - 1)) - 1;
     const uint64_t sign = (uint64_t)(bits >> (n_exponent + n_fraction)) << 63;
     const uint32_t exponent = bits >> n_fraction & ((1u << n_exponent) - 1);
@@ -55,32 +57,29 @@ static double decode_float(uint32_t bits, int n_exponent, int n_fraction) {
 }
 
 /* A finite x rounded to nearest, ties to even; what would overflow becomes the largest finite number. */
-static uint32_t encode_float(double x, int n_exponent, int n_fraction) {
+static inline uint32_t encode_float(double x, int n_exponent, int n_fraction) {
     const uint64_t bits = bits_of(x);
     const uint32_t sign = (uint32_t)(bits >> 63) << (n_exponent + n_fraction);
     const uint32_t largest = (((1u << n_exponent) - 1) << n_fraction) - 1;
     const int raised = (int)(bits >> 52 & 0x7ff);
     int exponent = raised - 1023 + (1 << (n_exponent - 1)) - 1;
     int drop = 52 - n_fraction;
-    uint64_t mantissa = (bits & ((1ull << 52) - 1)) | 1ull << 52;
-    uint64_t kept, rest, half;
+    const uint64_t mantissa = (bits & ((1ull << 52) - 1)) | 1ull << 52;
+    uint64_t kept;
     if (raised == 0) return sign; /* zero, or far below any denormal of the formats here */
     if (exponent <= 0) {
         drop += 1 - exponent;
         exponent = 1;
         if (drop > 63) return sign;
     }
-    kept = mantissa >> drop;
-    rest = mantissa & ((1ull << drop) - 1);
-    half = 1ull << (drop - 1);
-    if (rest > half || (rest == half && (kept & 1))) kept++;
+    /* Adding half of the last kept bit, less a hair if that bit is even, rounds without a branch. */
+    kept = (mantissa + (1ull << (drop - 1)) - 1 + (mantissa >> drop & 1)) >> drop;
     /* `kept` carries the leading one of a normal number into the exponent, and so does a rounding carry. */
     kept += (uint64_t)(exponent - 1) << n_fraction;
     return sign | (kept > largest ? largest : (uint32_t)kept);
 }
 
-static uint32_t scale_float(pe_kind kind, uint32_t bits, double gate) {
-    const int n_exponent = FLOATS[kind].n_exponent, n_fraction = FLOATS[kind].n_fraction;
+static inline uint32_t scale_float(uint32_t bits, int n_exponent, int n_fraction, double gate) {
     const uint32_t top = ((1u << n_exponent) - 1) << n_fraction;
     const uint32_t sign = 1u << (n_exponent + n_fraction);
     if (gate == 1) return bits;
@@ -89,18 +88,19 @@ static uint32_t scale_float(pe_kind kind, uint32_t bits, double gate) {
     return encode_float(decode_float(bits, n_exponent, n_fraction) * gate, n_exponent, n_fraction);
 }
 
-static double integer_value(const pe_numbers *numbers, uint8_t raw) {
+static inline double integer_value(const pe_numbers *numbers, uint8_t raw) {
     return (double)((int32_t)(raw ^ numbers->flip) - numbers->zero);
 }
 
 /* The raw integer nearest to a value that is not NaN; ties to even, saturated. */
-static uint8_t nearest_integer(const pe_numbers *numbers, double value) {
+static inline uint8_t nearest_integer(const pe_numbers *numbers, double value) {
     const double limit = 1024.0 * 1024.0;
     const double x = value > limit ? limit : value < -limit ? -limit : value;
     int32_t n = (int32_t)x;
     const double rest = x - n;
-    if (rest > 0.5 || (rest == 0.5 && (n & 1))) n++;
-    if (rest < -0.5 || (rest == -0.5 && (n & 1))) n--;
+    const int odd = n & 1; /* & and | instead of && and ||: no branches to mispredict */
+    n += (rest > 0.5) | ((rest == 0.5) & odd);
+    n -= (rest < -0.5) | ((rest == -0.5) & odd);
     n += numbers->zero;
     n = n < 0 ? 0 : n > numbers->max ? numbers->max : n;
     return (uint8_t)(n ^ numbers->flip);
@@ -113,10 +113,6 @@ static double number_value(const pe_numbers *numbers, const uint8_t *raw) {
 }
 
 /* ---- where fields lie ---- */
-
-static const uint8_t *block_of(const pe_map *map, const uint8_t *data, uint32_t position) {
-    return data + (size_t)(position >> map->unit_shift) * map->block_bytes;
-}
 
 static const pe_piece *pieces_of(const pe_map *map, uint32_t position) {
     const uint32_t unit = position & (map->units_per_block - 1);
@@ -149,8 +145,9 @@ static void write_pieces(const pe_map *map, uint8_t *block, const pe_piece *piec
 void pe_gather(const pe_map *map, const uint8_t *data, const uint32_t *positions, size_t n, uint8_t *fields) {
     const size_t k = map->n_field_bytes;
     for (size_t i = 0; i < n; i++) {
-        const uint8_t *block = block_of(map, data, positions[i]);
+        const uint8_t *block = data + pe_block_start(map, positions[i]);
         const pe_piece *piece = pieces_of(map, positions[i]);
+        if (i + AHEAD < n) PE_PREFETCH(data + pe_field_start(map, positions[i + AHEAD]));
         if (!map->is_contiguous) read_pieces(map, block, piece, fields + i * k);
         else if (k == 2) memcpy(fields + i * 2, block + piece->byte, 2); /* constant sizes become single moves */
         else if (k == 4) memcpy(fields + i * 4, block + piece->byte, 4);
@@ -161,8 +158,9 @@ void pe_gather(const pe_map *map, const uint8_t *data, const uint32_t *positions
 void pe_scatter(const pe_map *map, uint8_t *data, const uint32_t *positions, size_t n, const uint8_t *fields) {
     const size_t k = map->n_field_bytes;
     for (size_t i = 0; i < n; i++) {
-        uint8_t *block = data + (size_t)(positions[i] >> map->unit_shift) * map->block_bytes;
+        uint8_t *block = data + pe_block_start(map, positions[i]);
         const pe_piece *piece = pieces_of(map, positions[i]);
+        if (i + AHEAD < n) PE_PREFETCH(data + pe_field_start(map, positions[i + AHEAD]));
         if (!map->is_contiguous) write_pieces(map, block, piece, fields + i * k);
         else if (k == 2) memcpy(block + piece->byte, fields + i * 2, 2);
         else if (k == 4) memcpy(block + piece->byte, fields + i * 4, 4);
@@ -172,12 +170,19 @@ void pe_scatter(const pe_map *map, uint8_t *data, const uint32_t *positions, siz
 
 /* ---- multiplying ---- */
 
-static void scale_numbers(const pe_numbers *numbers, const uint8_t *field, size_t n_bytes, double gate, uint8_t *out) {
-    const int size = FLOATS[numbers->kind].n_bytes;
-    for (size_t b = 0; b < n_bytes; b += (size_t)size) {
-        if (numbers->kind != PE_INTEGER) store(out + b, size, scale_float(numbers->kind, load(field + b, size), gate));
-        else out[b] = gate == 1 ? field[b] : nearest_integer(numbers, integer_value(numbers, field[b]) * gate);
-    }
+/* Inlined with constant formats below, so that each gets its own loop. */
+static inline void scale_floats(pe_kind kind, const uint8_t *fields, const float *gates, size_t n, size_t k, uint8_t *out) {
+    const int n_exponent = FLOATS[kind].n_exponent, n_fraction = FLOATS[kind].n_fraction, size = FLOATS[kind].n_bytes;
+    for (size_t i = 0; i < n; i++)
+        for (size_t b = i * k; b < (i + 1) * k; b += (size_t)size)
+            store(out + b, size, scale_float(load(fields + b, size), n_exponent, n_fraction, gates[i]));
+}
+
+static void scale_integers(const pe_numbers *numbers, const uint8_t *fields, const float *gates, size_t n, size_t k,
+                           uint8_t *out) {
+    for (size_t i = 0; i < n; i++)
+        for (size_t b = i * k; b < (i + 1) * k; b++)
+            out[b] = gates[i] == 1 ? fields[b] : nearest_integer(numbers, integer_value(numbers, fields[b]) * gates[i]);
 }
 
 static double super_factor(const uint8_t *block, int32_t byte) {
@@ -197,7 +202,7 @@ static uint8_t scale_code(const pe_layout *layout, const uint8_t *data, uint32_t
     uint8_t group[PE_MAX_FIELD_BYTES];
     const size_t size = (size_t)FLOATS[layout->numbers.kind].n_bytes;
     const uint32_t sub = position % 32 * layout->n_scales / 32;
-    const uint8_t *block = block_of(&layout->group, data, position / 32);
+    const uint8_t *block = data + pe_block_start(&layout->group, position / 32);
     double scale, minimum = 0, value, wanted;
     if (gate == 1) return code;
     pe_gather(&layout->group, block, &(uint32_t){position / 32 & (layout->group.units_per_block - 1)}, 1, group);
@@ -215,8 +220,14 @@ static uint8_t scale_code(const pe_layout *layout, const uint8_t *data, uint32_t
 void pe_scale(const pe_layout *layout, int32_t granularity, const uint8_t *data, const uint32_t *positions,
               const uint8_t *fields, const float *gates, size_t n, uint8_t *out) {
     const size_t k = pe_map_of(layout, granularity)->n_field_bytes;
-    for (size_t i = 0; i < n; i++) {
-        if (granularity == 1 && layout->has_codes) out[i] = scale_code(layout, data, positions[i], fields[i], gates[i]);
-        else scale_numbers(&layout->numbers, fields + i * k, k, gates[i], out + i * k);
+    if (granularity == 1 && layout->has_codes) {
+        for (size_t i = 0; i < n; i++) out[i] = scale_code(layout, data, positions[i], fields[i], gates[i]);
+        return;
+    }
+    switch (layout->numbers.kind) {
+    case PE_INTEGER: scale_integers(&layout->numbers, fields, gates, n, k, out); break;
+    case PE_F16: scale_floats(PE_F16, fields, gates, n, k, out); break;
+    case PE_BF16: scale_floats(PE_BF16, fields, gates, n, k, out); break;
+    case PE_F32: scale_floats(PE_F32, fields, gates, n, k, out); break;
     }
 }

@@ -22,6 +22,16 @@ enum {
     PE_MAX_CODES = 16         /* entries of a codebook */
 };
 
+/* Ask for a cache line early. A switch is made of cache and TLB misses, and this lets many of them overlap. */
+#if defined(__GNUC__) || defined(__clang__)
+#define PE_PREFETCH(address) __builtin_prefetch(address)
+#elif defined(_MSC_VER) && (defined(_M_X64) || defined(_M_IX86))
+#include <xmmintrin.h>
+#define PE_PREFETCH(address) _mm_prefetch((const char *)(address), _MM_HINT_T0)
+#else
+#define PE_PREFETCH(address) ((void)(address))
+#endif
+
 typedef enum { PE_INTEGER = 0, PE_F16 = 1, PE_BF16 = 2, PE_F32 = 3 } pe_kind;
 
 /* `n_bits` bits of byte `byte` of a block, from bit `shift` up. */
@@ -98,6 +108,17 @@ const pe_map *pe_map_of(const pe_layout *layout, int32_t granularity);
 uint64_t pe_n_units(const pe_map *map, size_t n_bytes);
 
 int pe_is_finite(float gate);
+
+/* The start of the block that holds the unit at `position`. */
+static inline size_t pe_block_start(const pe_map *map, uint32_t position) {
+    return (size_t)(position >> map->unit_shift) * map->block_bytes;
+}
+
+/* The first byte of the block that the field of the unit at `position` uses. */
+static inline size_t pe_field_start(const pe_map *map, uint32_t position) {
+    const uint32_t unit = position & (map->units_per_block - 1);
+    return pe_block_start(map, position) + map->pieces[unit * map->n_field_bytes * map->n_pieces].byte;
+}
 
 /* fields[i] = field of the unit at positions[i] < pe_n_units; any order. */
 void pe_gather(const pe_map *map, const uint8_t *data, const uint32_t *positions, size_t n, uint8_t *fields);

@@ -17,7 +17,7 @@ typedef struct {
     uint8_t *fields;
 } segment;
 
-/* Units waiting to be written. `index` is their place in the new segment. */
+/* Units waiting to be written; their cache lines have been asked for. `index` is their place in the new segment. */
 typedef struct {
     size_t n;
     uint32_t positions[BATCH];
@@ -66,6 +66,7 @@ static void flush_undone(job *work) {
 
 static void add_fresh(job *work, const segment *next, size_t j) {
     batch *units = &work->fresh;
+    PE_PREFETCH(work->tensor->data + pe_field_start(work->map, next->positions[j]));
     units->positions[units->n] = next->positions[j];
     units->gates[units->n] = next->gates[next->mixes[j]];
     units->index[units->n++] = j;
@@ -75,6 +76,7 @@ static void add_fresh(job *work, const segment *next, size_t j) {
 static void add_undone(job *work, const segment *old, size_t i) {
     const size_t k = work->map->n_field_bytes;
     batch *units = &work->undone;
+    PE_PREFETCH(work->tensor->data + pe_field_start(work->map, old->positions[i]));
     units->positions[units->n] = old->positions[i];
     copy_field(units->fields + units->n++ * k, old->fields + i * k, k);
     if (units->n == BATCH) flush_undone(work);
@@ -86,6 +88,7 @@ static void add_common(job *work, const segment *old, size_t i, const segment *n
     batch *units = &work->changed;
     copy_field(next->fields + j * k, old->fields + i * k, k);
     if (old->gates[old->mixes[i]] == gate) return;
+    PE_PREFETCH(work->tensor->data + pe_field_start(work->map, next->positions[j]));
     units->positions[units->n] = next->positions[j];
     units->gates[units->n] = gate;
     copy_field(units->fields + units->n++ * k, old->fields + i * k, k);
