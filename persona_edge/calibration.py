@@ -1,0 +1,237 @@
+"""From calibration data to statistics, on a model: cached, interruptible, resumable.
+
+    Calibrator(model, fingerprint).margins(calibration_set)   margin statistics of one axis
+    Calibrator(...).damage()                                   damage statistics on web text and on chat turns
+    Calibrator(...).neutral_turns()                            the model's own answers to the neutral prompts
+
+Everything is kept in the cache folder under a key of what it was computed from (the model file, the data, the settings,
+the version of the formulas), and half-done sums are kept every few batches, so that an interrupted run goes on where
+it was. What is done with the statistics is build.py's business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from persona_edge.cache import cache_folder
+from persona_edge.collect import collect_damage, collect_margins, contrast_batches
+from persona_edge.contrasts import CalibrationSet
+from persona_edge.encoding import EncodedText, batches, encode_chat, encode_contrast, encode_text
+from persona_edge.errors import CalibrationError
+from persona_edge.files import write_atomically
+from persona_edge.generate import answer
+from persona_edge.masks import Granularity
+from persona_edge.modeling import LinearLayer, TorchModel
+from persona_edge.persona_sets import neutral_prompts, neutral_texts
+from persona_edge.statistics import Statistics, load_statistics, merge, save_statistics
+
+__all__ = ["CalibrationSettings", "Calibrator", "DamageStatistics", "NeutralData", "Progress", "silent"]
+
+# Raised whenever the same data and settings would give other sums.
+FORMULA_VERSION = 1
+SECONDS_BETWEEN_CHECKPOINTS = 20.0
+
+Progress = Callable[[str, int, int], None]
+
+
+def silent(_stage: str, _done: int, _total: int) -> None:
+    """A progress callback that shows nothing."""
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """What besides model and data the statistics depend on.
+
+    `max_batch_tokens` bounds a padded batch, and with it memory. Neutral texts are cut to `neutral_tokens`, answers to
+    `answer_tokens`. `held_out` is the share of neutral data, and of each axis's contrasts, kept for measuring.
+    """
+
+    max_batch_tokens: int = 1024
+    neutral_tokens: int = 128
+    answer_tokens: int = 64
+    held_out: float = 0.25
+    gate_fisher: bool = True
+    granularity: Granularity = 32
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class NeutralData:
+    """Encoded neutral text, one half to compute damage on and one to measure drift on."""
+
+    web: tuple[EncodedText, ...]
+    chat: tuple[EncodedText, ...]
+    held_out_web: tuple[EncodedText, ...]
+    held_out_chat: tuple[EncodedText, ...]
+
+
+@dataclass(frozen=True)
+class DamageStatistics:
+    """Damage statistics on neutral web text and on neutral chat turns."""
+
+    web: Statistics
+    chat: Statistics
+
+
+class Calibrator:
+    """Computes, or finds in the cache, the statistics of one model.
+
+    `fingerprint` identifies the weights (a file's SHA-256 or the like). `layers` are watched; by default all.
+    """
+
+    def __init__(
+        self,
+        model: TorchModel,
+        fingerprint: str,
+        *,
+        settings: CalibrationSettings = CalibrationSettings(),
+        layers: Sequence[LinearLayer] | None = None,
+        folder: Path | None = None,
+        progress: Progress = silent,
+    ) -> None:
+        self.model = model
+        self.settings = settings
+        self.layers = tuple(model.layers if layers is None else layers)
+        self.progress = progress
+        self._folder = (cache_folder() / "statistics" if folder is None else folder) / fingerprint[:16]
+        self._base_key: dict[str, object] = {
+            "version": FORMULA_VERSION,
+            "model": fingerprint,
+            "dtype": model.dtype_name,
+            "layers": _hash([layer.name for layer in self.layers]),
+            "seed": settings.seed,
+        }
+
+    def margins(self, calibration_set: CalibrationSet) -> Statistics:
+        """Margin statistics of all contrasts of `calibration_set`; give it the calibration part of a split."""
+        pairs = [encode_contrast(self.model.tokenizer, c, i) for i, c in enumerate(calibration_set.contrasts)]
+        groups = contrast_batches(pairs, max_tokens=self.settings.max_batch_tokens)
+        granularity = self.settings.granularity
+        key = {"what": "margins", "set": calibration_set.content_hash(), "granularity": granularity}
+
+        def one(i: int) -> Statistics:
+            return collect_margins(self.model, self.layers, groups[i], granularity=granularity)
+
+        return self._sum(f"contrasts {calibration_set.axis}", "margin", key, [len(g) for g in groups], one)
+
+    def damage(self) -> DamageStatistics:
+        """Damage statistics on the shipped neutral passages and on the model's answers to the neutral prompts."""
+        data = self.neutral_data()
+        return DamageStatistics(self._damage("web text", data.web), self._damage("chat turns", data.chat))
+
+    def neutral_data(self) -> NeutralData:
+        """The neutral texts, encoded; generates the chat answers when they are not cached."""
+        settings, tokenizer = self.settings, self.model.tokenizer
+        web = [encode_text(tokenizer, text, max_tokens=settings.neutral_tokens) for text in neutral_texts()]
+        chat = [encode_chat(tokenizer, prompt, text) for prompt, text in self.neutral_turns() if text.strip()]
+        if not chat:
+            raise CalibrationError("the model answers every neutral prompt with nothing; is it a language model?")
+        every = max(2, round(1 / settings.held_out))
+        return NeutralData(
+            web=tuple(text for i, text in enumerate(web) if i % every),
+            chat=tuple(text for i, text in enumerate(chat) if i % every),
+            held_out_web=tuple(web[::every]),
+            held_out_chat=tuple(chat[::every]),
+        )
+
+    def neutral_turns(self) -> tuple[tuple[str, str], ...]:
+        """(prompt, the unmasked model's own sampled answer) for every neutral prompt."""
+        prompts, settings = neutral_prompts(), self.settings
+        key = self._key({"what": "turns", "prompts": _hash(prompts), "tokens": settings.answer_tokens})
+        path = self._folder / f"turns-{_hash(key)[:12]}.json"
+        cached = read_json(path, key)
+        if isinstance(cached, list) and len(cached) == len(prompts):
+            return tuple(zip(prompts, map(str, cached), strict=True))
+        answers = answer(
+            self.model, prompts, max_tokens=settings.answer_tokens, seed=settings.seed, progress=self.progress
+        )
+        write_json(path, key, answers)
+        return tuple(zip(prompts, answers, strict=True))
+
+    def cached_json(self, name: str, what: Mapping[str, object], compute: Callable[[], object]) -> object:
+        """`compute()`, or what an earlier call with the same name and `what` computed on this model and settings."""
+        key = self._key({"what": name, **what})
+        path = self._folder / f"{name}-{_hash(key)[:12]}.json"
+        value = read_json(path, key)
+        if value is None:
+            value = compute()
+            write_json(path, key, value)
+        return value
+
+    def _damage(self, label: str, texts: Sequence[EncodedText]) -> Statistics:
+        settings = self.settings
+        groups = list(batches(texts, max_tokens=settings.max_batch_tokens, device=self.model.device))
+        key = {"what": "damage", "texts": _hash([text.tokens for text in texts]), "fisher": settings.gate_fisher}
+
+        def one(i: int) -> Statistics:
+            return collect_damage(
+                self.model, self.layers, groups[i], seed=settings.seed + i, gate_fisher=settings.gate_fisher
+            )
+
+        return self._sum(f"neutral {label}", "damage", key, [len(g.items) for g in groups], one)
+
+    def _sum(
+        self, label: str, kind: str, what: Mapping[str, object], sizes: Sequence[int], one: Callable[[int], Statistics]
+    ) -> Statistics:
+        """Sum `one(i)` over the batches; resumes from, and leaves, checkpoints."""
+        key = self._key({**what, "batches": list(sizes)})
+        path = self._folder / f"{kind}-{_hash(key)[:12]}.safetensors"
+        total = load_statistics(path, key)
+        if total is not None:
+            return total
+        partial = path.with_suffix(".partial")
+        total, done = _resume(partial, key, len(sizes))
+        saved = time.monotonic()
+        for i in range(done, len(sizes)):
+            self.progress(label, sum(sizes[:i]), sum(sizes))
+            part = one(i)
+            total = part if total is None else merge(total, part)
+            if i + 1 < len(sizes) and time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
+                save_statistics(partial, total, {**key, "done": i + 1})
+                saved = time.monotonic()
+        self.progress(label, sum(sizes), sum(sizes))
+        if total is None:
+            raise CalibrationError(f"{label}: nothing to calibrate on")
+        save_statistics(path, total, key)
+        partial.unlink(missing_ok=True)
+        return total
+
+    def _key(self, what: Mapping[str, object]) -> dict[str, object]:
+        return {**self._base_key, **what}
+
+
+def _resume(partial: Path, key: Mapping[str, object], n_batches: int) -> tuple[Statistics | None, int]:
+    """The checkpoint's sums and how many batches they hold, whichever number that is."""
+    for done in range(n_batches - 1, 0, -1):
+        total = load_statistics(partial, {**key, "done": done})
+        if total is not None:
+            return total, done
+    return None, 0
+
+
+def read_json(path: Path, key: Mapping[str, object]) -> object:
+    """The value that `write_json` wrote under the same key, else None."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found.get("value") if isinstance(found, dict) and found.get("key") == _plain(key) else None
+
+
+def write_json(path: Path, key: Mapping[str, object], value: object) -> None:
+    """Write key and value, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps({"key": _plain(key), "value": value}).encode())
+
+
+def _plain(key: Mapping[str, object]) -> object:
+    return json.loads(json.dumps(dict(key)))
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,218 @@
+"""Statistics from a model and calibration data: hooks, one backward pass, no weight gradients.
+
+With x the input of a layer (n_tokens, n_columns) and delta the gradient at its output (n_tokens, n_rows), the
+derivative for the gate of group g in row i is  sum_t delta_ti sum_{j in g} w_ij x_tj  (docs/method.md). For margins it
+is summed over tokens, so it is the group sums of w * (delta^T x). For damage every token's term is squared first.
+
+Nothing is kept for longer than one layer of one batch, except the sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from persona_edge.encoding import Batch, EncodedText, pad
+from persona_edge.errors import CalibrationError
+from persona_edge.forward import scored_logits, scored_targets
+from persona_edge.masks import Granularity
+from persona_edge.modeling import LinearLayer, TorchModel
+from persona_edge.statistics import Statistics, merge
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["ContrastPair", "collect_damage", "collect_margins", "contrast_batches"]
+
+ContrastPair = tuple[EncodedText, EncodedText]
+Consumer = Callable[[LinearLayer, "torch.Tensor", "torch.Tensor"], None]
+DAMAGE_CHUNK_TOKENS = 128
+
+
+class _Sums:
+    """Running float32 sums on the CPU, by field and tensor."""
+
+    def __init__(self, layers: Sequence[LinearLayer]) -> None:
+        self.order = tuple(layer.name for layer in layers)
+        self.values: dict[str, dict[str, torch.Tensor]] = {}
+
+    def add(self, field: str, tensor: str, values: torch.Tensor) -> None:
+        values = values.detach().float().cpu()
+        tensors = self.values.setdefault(field, {})
+        if tensor in tensors:
+            tensors[tensor] += values
+        else:
+            tensors[tensor] = values.clone()
+
+    def finish(self, kind: str, counts: dict[str, int]) -> Statistics:
+        sums = {
+            field: {name: tensors[name].numpy() for name in self.order if name in tensors}
+            for field, tensors in self.values.items()
+        }
+        return Statistics("margin" if kind == "margin" else "damage", counts, sums)
+
+
+@contextmanager
+def _watching(layers: Sequence[LinearLayer], forward: Consumer | None, backward: Consumer) -> Iterator[None]:
+    """While open, `forward(layer, x, y)` and `backward(layer, x, delta)` see every layer, flattened to (n_tokens, …).
+
+    Under activation checkpointing a layer runs twice; only the run that records gradients is watched.
+    """
+    import torch
+
+    def watch(layer: LinearLayer) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            if not output.requires_grad:
+                return
+            x = inputs[0].detach()
+            if forward is not None:
+                forward(layer, x, output.detach())
+
+            def gradient_hook(gradient: torch.Tensor) -> None:
+                with torch.no_grad():
+                    backward(layer, x, gradient)
+
+            output.register_hook(gradient_hook)
+
+        return hook
+
+    handles = [layer.module.register_forward_hook(watch(layer)) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _logits(model: TorchModel, batch: Batch) -> torch.Tensor:
+    """Logits at the scored positions, (n_scored, n_vocab) float32, row-major, with a graph from the embeddings on."""
+    embeddings = model.model.get_input_embeddings()(batch.tokens).requires_grad_(True)
+    return scored_logits(model, batch, inputs_embeds=embeddings)
+
+
+def contrast_batches(pairs: Sequence[ContrastPair], *, max_tokens: int) -> list[list[ContrastPair]]:
+    """Pairs of similar length together, each batch at most `max_tokens` when padded (or one pair), in a fixed order."""
+
+    def length(pair: ContrastPair) -> int:
+        return max(len(text.tokens) for text in pair)
+
+    groups: list[list[ContrastPair]] = []
+    for pair in sorted(pairs, key=lambda pair: (-length(pair), pair[0].item)):
+        if groups and 2 * (len(groups[-1]) + 1) * length(groups[-1][0]) <= max_tokens:
+            groups[-1].append(pair)
+        else:
+            groups.append([pair])
+    return groups
+
+
+def collect_margins(
+    model: TorchModel,
+    layers: Sequence[LinearLayer],
+    pairs: Sequence[ContrastPair],
+    *,
+    granularity: Granularity = 32,
+) -> Statistics:
+    """Margin statistics of one batch of contrasts; see statistics.py for the fields.
+
+    The margin of a contrast is the mean log-probability of the positive answer's tokens minus the negative's, in nats.
+    """
+    if not pairs:
+        raise CalibrationError("no contrasts to calibrate on")
+    batch = pad([text for pair in pairs for text in pair], model.device)
+    sums = _Sums(layers)
+    import torch
+
+    signs = torch.tensor([1.0, -1.0], device=batch.scored.device).repeat(len(pairs))
+    # A layer's output at position t predicts token t + 1, so what counts is shifted by one against the inputs.
+    responding = torch.nn.functional.pad(batch.scored, (0, 1)).bool()
+
+    def channels(layer: LinearLayer, x: torch.Tensor, _output: torch.Tensor) -> None:
+        for side, first in (("positive", 0), ("negative", 1)):
+            seen = x[first::2][responding[first::2]].float()
+            sums.add(f"{side}_abs", layer.name, seen.abs().sum(0))
+            sums.add(f"{side}_sum", layer.name, seen.sum(0))
+            sums.add(f"{side}_square", layer.name, seen.square().sum(0))
+
+    def gates(layer: LinearLayer, x: torch.Tensor, delta: torch.Tensor) -> None:
+        product = delta.flatten(0, -2).T @ x.flatten(0, -2)
+        gradient = layer.to_gguf_rows(_group_sums(product * layer.module.weight, granularity))
+        sums.add("gate_gradient", layer.name, gradient)
+        sums.add("gate_gradient_square", layer.name, gradient.square() / len(pairs))
+
+    with _watching(layers, channels, gates):
+        log_p = _logits(model, batch).log_softmax(-1).gather(-1, scored_targets(batch)[:, None])[:, 0]
+        weights = signs[:, None] * batch.scored / batch.scored.sum(-1, keepdim=True)
+        (log_p * weights[batch.scored.bool()]).sum().backward()
+    counts = {
+        "contrasts": len(pairs),
+        "batches": 1,
+        "positive_tokens": int(batch.scored[0::2].sum()),
+        "negative_tokens": int(batch.scored[1::2].sum()),
+    }
+    return sums.finish("margin", counts)
+
+
+def _group_sums(values: torch.Tensor, granularity: Granularity) -> torch.Tensor:
+    import torch
+
+    if granularity == 1:
+        return values.float()
+    sums: torch.Tensor = values.unflatten(-1, (-1, granularity)).sum(-1, dtype=torch.float32)
+    return sums
+
+
+def collect_damage(
+    model: TorchModel,
+    layers: Sequence[LinearLayer],
+    batch: Batch,
+    *,
+    seed: int,
+    gate_fisher: bool = True,
+) -> Statistics:
+    """Damage statistics of one batch of neutral text; see statistics.py for the fields.
+
+    Labels are sampled from the model itself, so that squared gradients estimate the Fisher information.
+    """
+    import torch
+
+    sums = _Sums(layers)
+    kept = batch.attention_mask.bool()
+
+    def moments(layer: LinearLayer, x: torch.Tensor, delta: torch.Tensor) -> None:
+        inputs, gradients = x[kept], delta[kept]
+        sums.add("input_square", layer.name, inputs.float().square().sum(0))
+        squares = gradients.float().square().sum(0)
+        sums.add("output_gradient_square", layer.name, layer.to_gguf_rows(squares))
+        if gate_fisher:
+            sums.add("gate_gradient_square", layer.name, layer.to_gguf_rows(_squared_gates(layer, inputs, gradients)))
+
+    with _watching(layers, None, moments):
+        logits = _logits(model, batch)
+        with torch.no_grad():
+            generator = torch.Generator(device=logits.device).manual_seed(seed)
+            labels = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        logits.log_softmax(-1).gather(-1, labels).sum().backward()
+    return sums.finish("damage", {"tokens": int(batch.scored.sum())})
+
+
+def _squared_gates(layer: LinearLayer, x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """Sum over tokens of the squared gate derivative, (n_rows, n_groups); a chunk of tokens at a time for the cache."""
+    import torch
+
+    weight = layer.module.weight.detach().unflatten(-1, (-1, 32)).permute(1, 2, 0)  # (n_groups, 32, n_rows)
+    total = torch.zeros(weight.shape[0], weight.shape[2], dtype=torch.float32, device=weight.device)
+    for inputs, gradients in zip(x.split(DAMAGE_CHUNK_TOKENS), delta.split(DAMAGE_CHUNK_TOKENS), strict=True):
+        groups = inputs.unflatten(-1, (-1, 32)).transpose(0, 1)  # (n_groups, n_tokens, 32)
+        total += (torch.bmm(groups, weight) * gradients).square().sum(1, dtype=torch.float32)
+    return total.T
+
+
+def merged(parts: Sequence[Statistics]) -> Statistics:
+    """All parts as one; CalibrationError when there are none."""
+    if not parts:
+        raise CalibrationError("no statistics to merge")
+    total = parts[0]
+    for part in parts[1:]:
+        total = merge(total, part)
+    return total

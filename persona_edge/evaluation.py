@@ -1,0 +1,162 @@
+"""What a mask does to a torch model: margins on contrasts, drift on neutral text, perplexity.
+
+All log-probabilities are natural; a drift is a mean over predicted tokens, in nats. Margins come both summed over the
+answer's tokens and as their mean (length-normalised).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from persona_edge.collect import ContrastPair
+from persona_edge.encoding import Batch, EncodedText, batches
+from persona_edge.errors import CalibrationError
+from persona_edge.forward import scored_logits, scored_targets
+from persona_edge.modeling import TorchModel
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["AnswerScores", "BaseBehaviour", "MarginResult", "margins", "mean_kl", "measure_base", "perplexity"]
+
+
+@dataclass(frozen=True)
+class AnswerScores:
+    """Summed log-probabilities and token counts of both answers of each contrast, all (n_contrasts,)."""
+
+    positive: NDArray[np.float64]
+    negative: NDArray[np.float64]
+    positive_tokens: NDArray[np.int64]
+    negative_tokens: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class MarginResult:
+    """Share of contrasts whose positive answer is likelier, by summed and mean log-probability, and mean levels.
+
+    `mean_margin` is in nats per token, as are `mean_positive` and `mean_negative`, the levels themselves: a persona that
+    only makes the opposite unlikely shows in them.
+    """
+
+    n_contrasts: int
+    share_summed: float
+    share_mean: float
+    mean_margin: float
+    mean_positive: float
+    mean_negative: float
+
+
+def margins(model: TorchModel, pairs: Sequence[ContrastPair], *, max_tokens: int = 2048) -> MarginResult:
+    """Score both answers of every contrast under the model as it stands now."""
+    return summarize(score_answers(model, pairs, max_tokens=max_tokens))
+
+
+def score_answers(model: TorchModel, pairs: Sequence[ContrastPair], *, max_tokens: int = 2048) -> AnswerScores:
+    """Log-probabilities of the answers, in the order of `pairs`."""
+    if not pairs:
+        raise CalibrationError("no contrasts to evaluate on")
+    flat = [EncodedText(t.tokens, t.n_scored, i) for i, t in enumerate(text for pair in pairs for text in pair)]
+    totals = np.zeros(len(flat))
+    for batch in batches(flat, max_tokens=max_tokens, device=model.device):
+        sums = (_next_log_probabilities(model, batch) * batch.scored).sum(-1)
+        totals[list(batch.items)] = sums.double().cpu().numpy()
+    lengths = np.array([text.n_scored for text in flat], dtype=np.int64)
+    return AnswerScores(totals[0::2], totals[1::2], lengths[0::2], lengths[1::2])
+
+
+def summarize(scores: AnswerScores) -> MarginResult:
+    """The shares and levels of `MarginResult`; a tie counts one half."""
+    positive, negative = scores.positive / scores.positive_tokens, scores.negative / scores.negative_tokens
+    return MarginResult(
+        n_contrasts=len(positive),
+        share_summed=_share(scores.positive - scores.negative),
+        share_mean=_share(positive - negative),
+        mean_margin=float((positive - negative).mean()),
+        mean_positive=float(positive.mean()),
+        mean_negative=float(negative.mean()),
+    )
+
+
+def _share(margin: NDArray[np.float64]) -> float:
+    return float((margin > 0).mean() + 0.5 * (margin == 0).mean())
+
+
+def _next_logits(model: TorchModel, batch: Batch) -> torch.Tensor:
+    import torch
+
+    with torch.no_grad():
+        return scored_logits(model, batch)
+
+
+def _next_log_probabilities(model: TorchModel, batch: Batch) -> torch.Tensor:
+    """Log-probability of each scored next token, zero elsewhere, (n_sequences, n_tokens - 1)."""
+    import torch
+
+    result = torch.zeros_like(batch.scored)
+    result[batch.scored.bool()] = _at_targets(_next_logits(model, batch).log_softmax(-1), batch)
+    return result
+
+
+def perplexity(model: TorchModel, texts: Sequence[EncodedText], *, max_tokens: int = 2048) -> float:
+    """exp of the mean negative log-probability over all scored tokens."""
+    total, n = 0.0, 0.0
+    for batch in batches(texts, max_tokens=max_tokens, device=model.device):
+        total -= float(_next_log_probabilities(model, batch).sum())
+        n += float(batch.scored.sum())
+    if not n:
+        raise CalibrationError("no tokens to measure perplexity on")
+    return float(np.exp(total / n))
+
+
+@dataclass(frozen=True)
+class BaseBehaviour:
+    """The unmasked model's predictions on neutral texts: what drift is measured against.
+
+    Per batch: the batch and the log-probabilities at its scored positions, (n_scored, n_vocab) in half precision.
+    """
+
+    batches: tuple[Batch, ...]
+    log_probabilities: tuple[torch.Tensor, ...]
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class NeutralDrift:
+    """KL(base || model as it stands) in nats per token, and perplexity relative to base."""
+
+    kl_divergence: float
+    perplexity_ratio: float
+
+
+def measure_base(model: TorchModel, texts: Sequence[EncodedText], *, max_tokens: int = 1024) -> BaseBehaviour:
+    """Record the unmasked model; call it with no mask applied. Memory: 2 bytes x scored tokens x vocabulary."""
+    import torch
+
+    groups = tuple(batches(texts, max_tokens=max_tokens, device=model.device))
+    recorded = [_next_logits(model, batch).log_softmax(-1) for batch in groups]
+    total = sum(float(_at_targets(lp, batch).sum()) for lp, batch in zip(recorded, groups, strict=True))
+    n = sum(float(batch.scored.sum()) for batch in groups)
+    if not n:
+        raise CalibrationError("no tokens to measure drift on")
+    return BaseBehaviour(groups, tuple(lp.to(torch.bfloat16) for lp in recorded), float(np.exp(-total / n)))
+
+
+def mean_kl(model: TorchModel, base: BaseBehaviour) -> NeutralDrift:
+    """How far the model as it stands now has drifted from `base` on the same texts."""
+    kl, log_p, n = 0.0, 0.0, 0.0
+    for batch, recorded in zip(base.batches, base.log_probabilities, strict=True):
+        now = _next_logits(model, batch).log_softmax(-1)
+        before = recorded.float().log_softmax(-1)
+        kl += float((before.exp() * (before - now)).sum())
+        log_p += float(_at_targets(now, batch).sum())
+        n += float(batch.scored.sum())
+    return NeutralDrift(kl / n, float(np.exp(-log_p / n)) / base.perplexity)
+
+
+def _at_targets(log_probabilities: torch.Tensor, batch: Batch) -> torch.Tensor:
+    return log_probabilities.gather(-1, scored_targets(batch)[:, None])[:, 0]

@@ -1,0 +1,57 @@
+"""Answers from the torch model: sampled, in batches, reproducible by seed. The runtime generates its own way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from persona_edge.encoding import prompt_tokens
+from persona_edge.modeling import TorchModel
+
+__all__ = ["answer"]
+
+PROMPTS_AT_ONCE = 16
+
+
+def answer(
+    model: TorchModel,
+    prompts: Sequence[str],
+    *,
+    max_tokens: int,
+    temperature: float = 0.8,
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[str]:
+    """One answer per prompt, in order; `temperature` 0 decodes greedily. Special tokens are left out."""
+    answers: list[str] = []
+    for start in range(0, len(prompts), PROMPTS_AT_ONCE):
+        if progress is not None:
+            progress("neutral answers", start, len(prompts))
+        part = prompts[start : start + PROMPTS_AT_ONCE]
+        answers += _answer_together(model, part, max_tokens, temperature, seed + start)
+    if progress is not None:
+        progress("neutral answers", len(prompts), len(prompts))
+    return answers
+
+
+def _answer_together(
+    model: TorchModel, prompts: Sequence[str], max_tokens: int, temperature: float, seed: int
+) -> list[str]:
+    import torch
+
+    encoded = [prompt_tokens(model.tokenizer, prompt, None) for prompt in prompts]
+    longest = max(len(tokens) for tokens in encoded)
+    # Left padding, so that every answer begins at the same position.
+    tokens = torch.tensor([[0] * (longest - len(t)) + t for t in encoded], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(t)) + [1] * len(t) for t in encoded], device=model.device)
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": 0.95} if temperature else {"do_sample": False}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        output = model.model.generate(
+            input_ids=tokens, attention_mask=mask, max_new_tokens=max_tokens, pad_token_id=_pad_token(model), **sampling
+        )
+    return [str(model.tokenizer.decode(row[longest:], skip_special_tokens=True)) for row in output]
+
+
+def _pad_token(model: TorchModel) -> int:
+    end = model.tokenizer.eos_token_id
+    return int(end) if isinstance(end, int) else 0

@@ -1,0 +1,134 @@
+"""From statistics to the planes of one pole: one function per published method, all with the same shape.
+
+A `PlaneMaker` turns an amount (a budget in nats per token, or a share of the units) into planes. Ranking is done once,
+so that a search over budgets only cuts. Weights come from the model one tensor at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from persona_edge.calibration import DamageStatistics
+from persona_edge.errors import InputError
+from persona_edge.masks import Granularity, Plane
+from persona_edge.modeling import TorchModel
+from persona_edge.scores import (
+    combined_damage,
+    contrastive_sparse_scores,
+    contrastive_wanda_scores,
+    gate_fisher_damage,
+    kfac_group_damage,
+    suppression_benefit,
+    wanda_scores,
+)
+from persona_edge.selection import RankedPlanes, rank_planes, select_by_density, select_top_k_per_row
+from persona_edge.statistics import Statistics
+
+__all__ = ["METHODS", "Method", "PlaneMaker", "Side", "fisher_planes", "paper_planes", "tensor_damage"]
+
+Method = Literal["contrastive-fisher", "wanda", "contrastive-wanda", "contrastive-sparse"]
+METHODS: tuple[Method, ...] = ("contrastive-fisher", "wanda", "contrastive-wanda", "contrastive-sparse")
+Side = Literal["positive", "negative"]
+Floats = NDArray[np.float32]
+PlaneMaker = Callable[[float], tuple[Plane, ...]]
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What suppressed units, and amplified ones if any, are multiplied by at strength 1."""
+
+    suppress: float = 0.0
+    amplify: float | None = None
+
+
+def tensor_damage(
+    model: TorchModel, names: Sequence[str], statistics: DamageStatistics, *, granularity: Granularity = 32
+) -> dict[str, Floats]:
+    """Damage of closing each gate, nats per token, (n_rows, n_units) per tensor: K-FAC of the worse of web and chat.
+
+    For groups the gates' own Fisher, again the larger of both, is added where it was gathered (DESIGN 4.2).
+    """
+    both = (statistics.web, statistics.chat)
+    inputs = [s.mean("input_square", "tokens") for s in both]
+    outputs = [s.mean("output_gradient_square", "tokens") for s in both]
+    with_gates = granularity != 1 and all("gate_gradient_square" in s.sums for s in both)
+    gates = [s.mean("gate_gradient_square", "tokens") for s in both] if with_gates else []
+    damage = {}
+    for name in names:
+        weights = model.layer(name).weights()
+        kfac = [
+            kfac_group_damage(weights, x[name], y[name], group_size=granularity)
+            for x, y in zip(inputs, outputs, strict=True)
+        ]
+        damage[name] = combined_damage(kfac, [gate_fisher_damage(gate[name]) for gate in gates])
+    return damage
+
+
+def fisher_planes(
+    margins: Statistics, damage: Mapping[str, Floats], side: Side, gates: Gates, granularity: Granularity
+) -> RankedPlanes:
+    """Units ranked by benefit per damage for one pole (contrastive-fisher); cut it at a budget or a density."""
+    gradient = margins.mean("gate_gradient", "contrasts")
+    sign = np.float32(1 if side == "positive" else -1)
+    benefit = {name: suppression_benefit(sign * gradient[name]) for name in damage}
+    return rank_planes(
+        benefit, damage, suppress_gate=gates.suppress, amplify_gate=gates.amplify, granularity=granularity
+    )
+
+
+def paper_planes(
+    model: TorchModel, names: Sequence[str], margins: Statistics, *, method: Method, side: Side, gate: float
+) -> PlaneMaker:
+    """The paper's masks at weight granularity: `maker(amount)` suppresses a share `amount` of the weights.
+
+    wanda keeps the top 1 - amount of each row by |w| mean|x|, contrastive-wanda likewise by its own score;
+    contrastive-sparse suppresses the share with the largest difference among what belongs to the other pole.
+    """
+
+    def make(amount: float) -> tuple[Plane, ...]:
+        if not 0 < amount < 1:
+            raise InputError(f"--density must lie between 0 and 1 for {method}, not {amount}")
+        positions: dict[str, NDArray[np.uint32]] = {}
+        for name in names:  # one tensor at a time: the scores are as large as the weights
+            scores = _paper_scores(model.layer(name).weights(), name, margins, method, side)
+            if method == "contrastive-sparse":
+                positions.update(select_by_density({name: scores}, amount, per_tensor=True))
+            else:
+                positions.update(select_top_k_per_row({name: scores}, 1 - amount))
+        return (Plane(gate, positions, 1),)
+
+    return make
+
+
+def _paper_scores(weights: Floats, name: str, margins: Statistics, method: Method, side: Side) -> Floats:
+    positive, negative = _channels(margins, name, "positive"), _channels(margins, name, "negative")
+    mine, other = (positive, negative) if side == "positive" else (negative, positive)
+    if method == "wanda":
+        return wanda_scores(weights, mine.mean_abs)
+    if method == "contrastive-wanda":
+        return contrastive_wanda_scores(weights, mine.mean, other.mean, mine.variance, other.variance)
+    if method == "contrastive-sparse":
+        both = contrastive_sparse_scores(
+            wanda_scores(weights, positive.mean_abs), wanda_scores(weights, negative.mean_abs)
+        )
+        return both.suppression_scores(1 if side == "positive" else -1)
+    raise InputError(f"{method!r} is not one of the paper's methods")
+
+
+@dataclass(frozen=True)
+class _Channels:
+    mean_abs: Floats
+    mean: Floats
+    variance: Floats
+
+
+def _channels(margins: Statistics, name: str, side: Side) -> _Channels:
+    n = np.float32(max(margins.counts[f"{side}_tokens"], 1))
+    mean = margins.sums[f"{side}_sum"][name] / n
+    variance = margins.sums[f"{side}_square"][name] / n - np.square(mean)
+    return _Channels(margins.sums[f"{side}_abs"][name] / n, mean, np.maximum(variance, 0))

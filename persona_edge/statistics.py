@@ -1,0 +1,102 @@
+"""Sums over calibration data, per tensor: what every score is computed from.
+
+Plain sums, so that they merge across batches, files and machines, and can be saved half-way and resumed. Fields by kind
+(all float32 in memory; unit in brackets):
+
+margin      gate_gradient (n_rows, n_groups)   sum over contrasts of d margin / d gate            [nats per token]
+            gate_gradient_square               sum over batches of (batch sum)^2 / batch size
+            positive_{abs,sum,square} (n_columns,), negative_{…}   sums over response tokens of |x|, x, x^2
+damage      input_square (n_columns,)          sum over tokens of x^2
+            output_gradient_square (n_rows,)   sum over tokens of delta^2
+            gate_gradient_square (n_rows, n_groups)   sum over tokens of (delta_i sum_j w_ij x_j)^2
+
+where x is a layer's input, delta the gradient at its output. Counts: `contrasts`, `batches`, `positive_tokens`,
+`negative_tokens` for margins; `tokens`, the number of predictions, for damage. Leaves computing them to collect.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from persona_edge.errors import CalibrationError
+from persona_edge.files import atomic_output
+
+__all__ = ["Statistics", "load_statistics", "merge", "save_statistics"]
+
+Kind = Literal["margin", "damage"]
+TensorSums = Mapping[str, NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """`sums[field][tensor]` and `counts`, as listed above."""
+
+    kind: Kind
+    counts: Mapping[str, int] = field(default_factory=dict)
+    sums: Mapping[str, TensorSums] = field(default_factory=dict)
+
+    def mean(self, field_name: str, count: str) -> dict[str, NDArray[np.float32]]:
+        """A field divided by a count, per tensor; CalibrationError when nothing was counted."""
+        n = self.counts.get(count, 0)
+        if n < 1:
+            raise CalibrationError(f"no {count} were counted in these statistics; calibrate with more data")
+        return {name: values / np.float32(n) for name, values in self.sums[field_name].items()}
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The tensors that were watched, in the model's order."""
+        return tuple(next(iter(self.sums.values()), {}))
+
+
+def merge(first: Statistics, second: Statistics) -> Statistics:
+    """Statistics over the data of both; CalibrationError when they are of different kinds or models."""
+    if not first.counts:
+        return second
+    if first.kind != second.kind or first.tensors != second.tensors:
+        raise CalibrationError("statistics of different kinds or models cannot be merged")
+    counts = {name: n + second.counts.get(name, 0) for name, n in first.counts.items()}
+    sums = {
+        name: {tensor: values + second.sums[name][tensor] for tensor, values in tensors.items()}
+        for name, tensors in first.sums.items()
+    }
+    return Statistics(first.kind, counts, sums)
+
+
+def save_statistics(path: Path, statistics: Statistics, key: Mapping[str, object]) -> None:
+    """Write to a safetensors file, whole or not at all. `key` says what they were computed from."""
+    from safetensors.numpy import save
+
+    flat = {f"{name}|{tensor}": values for name, t in statistics.sums.items() for tensor, values in t.items()}
+    metadata = {
+        "kind": statistics.kind,
+        "counts": json.dumps(dict(statistics.counts)),
+        "order": json.dumps(list(statistics.tensors)),
+        "key": json.dumps(dict(key), sort_keys=True),
+    }
+    with atomic_output(path) as file:
+        file.write(save(flat, metadata))
+
+
+def load_statistics(path: Path, key: Mapping[str, object]) -> Statistics | None:
+    """What `save_statistics` wrote under the same `key`; None when there is no such file or it cannot be used."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("key") != json.dumps(dict(key), sort_keys=True):
+                return None
+            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (OSError, SafetensorError):
+        return None
+    order = json.loads(metadata["order"])
+    fields = sorted({name.split("|", 1)[0] for name in flat})
+    sums = {name: {tensor: flat[f"{name}|{tensor}"] for tensor in order} for name in fields}
+    return Statistics("margin" if metadata["kind"] == "margin" else "damage", json.loads(metadata["counts"]), sums)
