@@ -38,7 +38,15 @@ Integers = NDArray[np.int64]
 
 
 class CodecError(ValueError):
-    """The data is not what `encode_positions` writes for any sets of positions, or the sets cannot be encoded."""
+    """The data is not what `encode_positions` writes for any sets of positions, or the sets cannot be encoded.
+
+    `tensor` is the index of the tensor that is at fault, where it is one.
+    """
+
+    def __init__(self, reason: str, tensor: int | None = None) -> None:
+        super().__init__(reason if tensor is None else f"tensor {tensor}: {reason}")
+        self.reason = reason
+        self.tensor = tensor
 
 
 def encode_positions(n_units: Sequence[int], positions: Sequence[Positions]) -> bytes:
@@ -91,11 +99,11 @@ def decode_positions(data: bytes, n_units: Sequence[int], n_positions: int) -> l
             gaps |= remainders.fields(n_coded, width)
             found = np.cumsum(gaps + 1) - 1
             if n_coded and found[-1] >= units:
-                raise CodecError(f"tensor {index}: position {found[-1]} of {units} units")
+                raise CodecError(f"position {found[-1]} of {units} units", index)
             if plan.inverted[index]:
                 found = np.flatnonzero(_membership(units, found) == 0)
         if len(found) != counts[index]:
-            raise CodecError(f"tensor {index}: {len(found)} positions where {counts[index]} were announced")
+            raise CodecError(f"{len(found)} positions where {counts[index]} were announced", index)
         decoded.append(found.astype(np.uint32))
     remainders.finish("remainders")
     quotients.finish("quotients")
@@ -133,26 +141,40 @@ class _Plan:
         units = np.array(n_units, dtype=np.int64)
         inverted = 2 * counts > units
         n_coded = np.where(inverted, units - counts, counts)
-        widths = np.arange(MAX_WIDTH + 1)[:, None]
-        bounds = n_coded * (widths + 1) + ((units - n_coded) >> widths)  # no set of this size costs more
-        width = bounds.argmin(axis=0)
-        # On average the rounding of the quotients saves half a bit per position: the bound less that is what to expect.
-        expected = bounds.min(axis=0) - n_coded // 2
-        is_bitmap = (counts > 0) & (expected >= units)
+        width = _rice_widths(units, n_coded)
+        is_bitmap = (counts > 0) & (width == 0)  # Rice codes of width 0 take one bit per unit at least
         is_bitmap |= inverted & (LEAST_BITS_SHARE * n_coded * (width + 1) < units)
         n_coded[is_bitmap] = 0
         return cls(n_coded, width, inverted & ~is_bitmap, is_bitmap, int(((units[is_bitmap] + 7) // 8).sum()))
 
 
+def _rice_widths(n_units: Integers, n_coded: Integers) -> Integers:
+    """The best width for gaps of geometric distribution: the least w with t + t**2 <= 1, t = (1 - density)**(2**w).
+
+    (Where t is larger, one more bit of remainder saves more than one bit of quotient.) In 32-bit fixed point, rounded
+    down, so that every reader finds the same width.
+    """
+    one = np.uint64(2**32)
+    units = np.maximum(n_units, 1).astype(np.uint64)
+    power = (units - np.maximum(n_coded, 1).astype(np.uint64)) * one // units
+    width = np.zeros(len(units), dtype=np.int64)
+    for _ in range(MAX_WIDTH):
+        square = power * power // one
+        larger = power + square > one
+        width += larger
+        power = np.where(larger, square, power)
+    return width
+
+
 def _check_set(index: int, n_units: int, ascending: Positions) -> None:
     if not 0 <= n_units <= MAX_UNITS:
-        raise CodecError(f"tensor {index}: {n_units} units, the format ends at {MAX_UNITS}")
+        raise CodecError(f"{n_units} units, the format ends at {MAX_UNITS}", index)
     if ascending.dtype != np.uint32 or ascending.ndim != 1:
-        raise CodecError(f"tensor {index}: positions are {ascending.dtype}{list(ascending.shape)}, not uint32[n]")
+        raise CodecError(f"positions are {ascending.dtype}{list(ascending.shape)}, not uint32[n]", index)
     if len(ascending) and int(ascending[-1]) >= n_units:
-        raise CodecError(f"tensor {index}: position {ascending[-1]} of {n_units} units")
+        raise CodecError(f"position {ascending[-1]} of {n_units} units", index)
     if not np.all(ascending[1:] > ascending[:-1]):
-        raise CodecError(f"tensor {index}: positions are not strictly ascending")
+        raise CodecError("positions are not strictly ascending", index)
 
 
 def _count_bases(n_units: Sequence[int], n_positions: int) -> Integers:

@@ -158,6 +158,8 @@ class MaskPack:
         self._source = source
         self._poles: dict[str, Pole] = {}
         with reading(source):
+            if len(data) < header.n_bytes:
+                raise PackTruncatedError(f"ends after {len(data)} of {header.n_bytes} bytes")
             if len(data) > header.n_bytes:
                 extra = len(data) - header.n_bytes
                 raise PackSectionTableError(f"{extra} bytes after the last section, from byte {header.n_bytes} on")
@@ -174,10 +176,8 @@ class MaskPack:
                     front = file.read(PREAMBLE_SIZE)
                     front += file.read(front_size(front) - PREAMBLE_SIZE)
                     header = parse_header(front)
-                    size = os.fstat(file.fileno()).st_size
-                    if size < header.n_bytes:
-                        raise PackTruncatedError(f"ends after {size} of {header.n_bytes} bytes")
-                    data = front + file.read(header.n_bytes - len(front) + 1)
+                    size = min(os.fstat(file.fileno()).st_size, header.n_bytes + 1)
+                    data = front + file.read(size - len(front))
             except OSError as error:
                 raise PackUnreadableError(f"cannot be read: {error.strerror or error}") from error
         return cls(header, data, source)

@@ -8,13 +8,13 @@ Positions are coded by `persona_edge.bits`, tensors in the order of the identity
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from persona_edge.bits import CodecError, decode_positions, encode_positions
-from persona_edge.masks import Granularity, ModelIdentity, Plane, SignSample
+from persona_edge.masks import Granularity, ModelIdentity, Plane, SignSample, TensorShape
 from persona_edge.pack_errors import PackPlaneError, PackSketchError
 from persona_edge.pack_header import Header, PlaneEntry, units_per_tensor
 from persona_edge.pack_json import short
@@ -29,7 +29,7 @@ def encode_plane(plane: Plane, identity: ModelIdentity, where: str) -> bytes:
     try:
         return _encode(plane.positions, identity, plane.granularity)
     except CodecError as error:
-        raise PackPlaneError(f"{where}: {error}") from None
+        raise PackPlaneError(f"{where}: {_explained(error, identity.tensors)}") from None
 
 
 def decode_plane(entry: PlaneEntry, header: Header, data: bytes) -> Plane:
@@ -38,7 +38,9 @@ def decode_plane(entry: PlaneEntry, header: Header, data: bytes) -> Plane:
         positions = decode_positions(data, units_per_tensor(header.tensors, entry.granularity), entry.n_positions)
     except CodecError as error:
         section = header.sections[entry.section]
-        raise PackPlaneError(f"section {section.name!r} at byte {section.offset}: {error}") from None
+        raise PackPlaneError(
+            f"section {section.name!r} at byte {section.offset}: {_explained(error, header.tensors)}"
+        ) from None
     found = {t.name: _frozen(p) for t, p in zip(header.tensors, positions, strict=True) if len(p)}
     return Plane(entry.gate, found, entry.granularity)
 
@@ -48,7 +50,7 @@ def encode_sketch(identity: ModelIdentity) -> bytes:
     try:
         positions = _encode({name: sample.positions for name, sample in identity.sketch.items()}, identity, 1)
     except CodecError as error:
-        raise PackSketchError(f"the sign sketch: {error}") from None
+        raise PackSketchError(f"the sign sketch: {_explained(error, identity.tensors)}") from None
     samples = [identity.sketch[t.name] for t in identity.tensors if t.name in identity.sketch]
     if not samples:
         raise PackSketchError("the identity has no sign sketch; persona_edge.sketch.sample_signs makes one")
@@ -71,7 +73,7 @@ def decode_identity(header: Header, data: bytes) -> ModelIdentity:
     try:
         positions = decode_positions(data[n_sign_bytes:], units_per_tensor(header.tensors, 1), n_samples)
     except CodecError as error:
-        raise PackSketchError(f"{where}: {error}") from None
+        raise PackSketchError(f"{where}: {_explained(error, header.tensors)}") from None
     ends = np.cumsum([len(p) for p in positions])
     negatives = np.split(bits[:n_samples].astype(np.bool_), ends[:-1])
     sketch = {
@@ -92,6 +94,10 @@ def _encode(positions: Mapping[str, Positions], identity: ModelIdentity, granula
     none = np.zeros(0, dtype=np.uint32)
     units = units_per_tensor(identity.tensors, granularity)
     return encode_positions(units, [positions.get(tensor.name, none) for tensor in identity.tensors])
+
+
+def _explained(error: CodecError, tensors: Sequence[TensorShape]) -> str:
+    return error.reason if error.tensor is None else f"{short(tensors[error.tensor].name)}: {error.reason}"
 
 
 def _frozen(positions: Positions) -> Positions:
