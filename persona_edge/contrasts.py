@@ -16,6 +16,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import itertools
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -143,7 +144,7 @@ def parse_contrasts(data: bytes, *, name: str, source: str) -> CalibrationSet:
     poles = _Poles(axis=name, positive=name, negative=f"anti-{name}")
     if first == "{":
         records = list(_json_records(text, source))
-        if "axis" in records[0].fields:
+        if "axis" in records[0].fields and "prompt" not in records[0].fields:
             poles = _poles(records.pop(0))
         numbered = [(record.line, _contrast(record)) for record in records]
     else:
@@ -330,7 +331,8 @@ def _without_repeats(numbered: Sequence[tuple[int, Contrast]], source: str) -> t
 
 
 def _listed(keys: Mapping[str, object]) -> str:
-    return ", ".join(repr(key) for key in keys) or "no keys"
+    shown = [repr(key) for key in itertools.islice(keys, 8)]
+    return ", ".join(shown + ["…"] * (len(keys) > len(shown))) or "no keys"
 
 
 def _digest(text: str) -> bytes:
