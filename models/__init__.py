@@ -1,0 +1,1 @@
+"""The catalogue: one TOML file per model. Holds no weights and no code."""
