@@ -274,12 +274,19 @@ def _encode_header(personas: PersonaSet, poles: list[dict[str, object]], section
             "architecture": identity.architecture,
             "personas": [[name, list(parts)] for name, parts in personas.personas.items()],
             "poles": poles,
-            "report": _plain(personas.report),
+            "report": _report(personas.report),
             "sections": table,
             "sketch": {"positions": sum(len(s.positions) for s in identity.sketch.values()), "section": 0},
             "tensors": compress_tensors(identity.tensors),
         }
     )
+
+
+def _report(report: Mapping[str, Any]) -> object:
+    try:
+        return _plain(report)
+    except RecursionError:
+        raise PackHeaderMalformedError("the report is nested too deep, or within itself") from None
 
 
 def _plain(value: object) -> object:

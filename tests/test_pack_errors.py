@@ -313,6 +313,12 @@ def content() -> PersonaSet:
     return MaskPack.open(GOLDEN).load()
 
 
+def within_itself() -> dict[str, object]:
+    report: dict[str, object] = {}
+    report["a"] = report
+    return report
+
+
 def with_sketch(sketch: dict[str, SignSample]) -> PersonaSet:
     return replace(content(), identity=replace(content().identity, sketch=sketch))
 
@@ -355,6 +361,7 @@ UNWRITABLE: dict[type[PackError], dict[str, tuple[str, Callable[[], PersonaSet]]
     },
     PackHeaderMalformedError: {
         "NaN in the report": ("not a JSON value", lambda: replace(content(), report={"a": math.nan})),
+        "report within itself": ("nested too deep", lambda: replace(content(), report=within_itself())),
         "array in the report": ("not a JSON value", lambda: replace(content(), report={"a": np.zeros(3)})),
         "number as a key of the report": (
             "key 1, which is not a string",
