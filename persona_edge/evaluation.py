@@ -37,7 +37,7 @@ class AnswerScores:
 
 @dataclass(frozen=True)
 class MarginResult:
-    """Share of contrasts whose positive answer is likelier, by summed and mean log-probability, and mean levels.
+    """Share of contrasts whose positive answer is likelier, by summed and by mean log-probability; mean levels.
 
     `mean_margin` is in nats per token, as are `mean_positive` and `mean_negative`, the levels themselves: a persona that
     only makes the opposite unlikely shows in them.

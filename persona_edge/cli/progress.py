@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 
-__all__ = ["ProgressLine", "bytes_text"]
+__all__ = ["ProgressLine", "StageProgress", "bytes_text"]
 
 _REDRAW_SECONDS = 0.1
 
@@ -54,3 +54,35 @@ def _line(step: str, done: int, total: int | None) -> str:
     if total:
         return f"{step}: {bytes_text(done)} of {bytes_text(total)}, {100 * done // total} %"
     return f"{step}: {bytes_text(done)}" if done else f"{step} …"
+
+
+class StageProgress:
+    """Progress of long work in named stages: a line rewritten in place on a terminal, one line per stage elsewhere."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+        self._started = 0.0
+
+    def __enter__(self) -> StageProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end_stage()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Shows that `done` of `total` steps of `stage` are finished, and about how long the rest takes."""
+        if stage != self._stage:
+            self._end_stage()
+            self._stage, self._started = stage, time.monotonic()
+        if sys.stderr.isatty():
+            elapsed = time.monotonic() - self._started
+            left = f", about {elapsed / done * (total - done):.0f} s left" if 0 < done < total else ""
+            sys.stderr.write(f"\r\x1b[K{stage}: {done} of {total}{left}")
+            sys.stderr.flush()
+
+    def _end_stage(self) -> None:
+        if self._stage:
+            erase = "\r\x1b[K" if sys.stderr.isatty() else ""
+            sys.stderr.write(f"{erase}{self._stage}: {time.monotonic() - self._started:.1f} s\n")
+            sys.stderr.flush()
+            self._stage = ""
