@@ -112,8 +112,8 @@ def _check_messages(messages: Sequence[Message]) -> None:
 def _plain_transcript(messages: Sequence[Message]) -> str:
     turns = []
     for message in messages:
-        speaker = _PLAIN_SPEAKERS.get(message["role"])
-        turns.append(f"{speaker}: {message['content']}\n" if speaker else f"{message['content']}\n\n")
+        speaker, content = _PLAIN_SPEAKERS.get(message["role"]), message["content"].strip()
+        turns.append(f"{speaker}: {content}\n" if speaker else f"{content}\n\n")
     return "".join(turns) + "Assistant:"
 
 

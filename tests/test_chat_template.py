@@ -69,7 +69,7 @@ def test_a_model_without_a_template_gets_a_transcript() -> None:
     conversation: list[Message] = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "Hello."},
+        {"role": "assistant", "content": " Hello.\n"},
         {"role": "user", "content": "Bye"},
     ]
     prompt = ChatTemplate(None).render(conversation)
