@@ -11,7 +11,7 @@ groups and is never edited: a super-block whose own scale is NaN or infinite can
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -35,7 +35,7 @@ class FieldMap:
     """
 
     block_bytes: int
-    pieces: NDArray[np.int32]
+    pieces: NDArray[np.int32] = field(repr=False)
 
     @property
     def units_per_block(self) -> int:

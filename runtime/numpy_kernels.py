@@ -20,7 +20,7 @@ from persona_edge.runtime.plans import SwitchCounts, UndoLog
 __all__ = ["Tensor", "check_log", "gather", "scale", "scatter", "switch"]
 
 Fields = NDArray[np.uint8]
-_CODE_LIMIT = 2.0**30  # beyond any code; keeps rint in range
+_CODE_LIMIT = 2.0**20  # beyond any code, and small enough that a distance to a code is exact
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ def scale(units: Units, fields: Fields, gates: NDArray[np.float32]) -> Fields:
     codes = fields[:, 0]
     with np.errstate(all="ignore"):
         value = terms.scale * code_values(layout.codes, codes) + terms.minimum
-        wanted = gates.astype(np.float64) * value - terms.minimum
+        wanted = np.clip((gates * value - terms.minimum) / terms.scale, -_CODE_LIMIT, _CODE_LIMIT)
         if layout.codes.codebook:
             book = np.array(layout.codes.codebook, np.float64)
-            nearest = np.abs(terms.scale[:, None] * book - wanted[:, None]).argmin(axis=1).astype(np.uint8)
+            nearest = np.abs(book - wanted[:, None]).argmin(axis=1).astype(np.uint8)
         else:
-            nearest = layout.codes.numbers.nearest_code(np.clip(wanted / terms.scale, -_CODE_LIMIT, _CODE_LIMIT))
+            nearest = layout.codes.numbers.nearest_code(wanted)
     usable = np.isfinite(terms.scale) & (terms.scale != 0) & np.isfinite(terms.minimum) & (gates != 1)
     return np.where(usable, nearest, codes)[:, None]
 

@@ -92,10 +92,15 @@ static inline double integer_value(const pe_numbers *numbers, uint8_t raw) {
     return (double)((int32_t)(raw ^ numbers->flip) - numbers->zero);
 }
 
+/* Far beyond any code, and small enough that a distance to a code is exact. */
+static inline double clipped(double x) {
+    const double limit = 1024.0 * 1024.0;
+    return x > limit ? limit : x < -limit ? -limit : x;
+}
+
 /* The raw integer nearest to a value that is not NaN; ties to even, saturated. */
 static inline uint8_t nearest_integer(const pe_numbers *numbers, double value) {
-    const double limit = 1024.0 * 1024.0;
-    const double x = value > limit ? limit : value < -limit ? -limit : value;
+    const double x = clipped(value);
     int32_t n = (int32_t)x;
     const double rest = x - n;
     const int odd = n & 1; /* & and | instead of && and ||: no branches to mispredict */
@@ -189,11 +194,11 @@ static double super_factor(const uint8_t *block, int32_t byte) {
     return byte < 0 ? 1 : decode_float(load(block + byte, 2), 5, 10);
 }
 
-static uint8_t nearest_in_book(const pe_layout *layout, double scale, double wanted) {
+static uint8_t nearest_in_book(const pe_layout *layout, double value) {
+    const double x = clipped(value);
     uint8_t best = 0;
     for (uint32_t code = 1; code < layout->n_codebook; code++)
-        if (magnitude(scale * layout->codebook[code] - wanted) < magnitude(scale * layout->codebook[best] - wanted))
-            best = (uint8_t)code;
+        if (magnitude(layout->codebook[code] - x) < magnitude(layout->codebook[best] - x)) best = (uint8_t)code;
     return best;
 }
 
@@ -214,7 +219,8 @@ static uint8_t scale_code(const pe_layout *layout, const uint8_t *data, uint32_t
     value = layout->n_codebook ? layout->codebook[code % PE_MAX_CODES] : integer_value(&layout->codes, code);
     wanted = gate * (scale * value + minimum);
     wanted -= minimum;
-    return layout->n_codebook ? nearest_in_book(layout, scale, wanted) : nearest_integer(&layout->codes, wanted / scale);
+    wanted /= scale;
+    return layout->n_codebook ? nearest_in_book(layout, wanted) : nearest_integer(&layout->codes, wanted);
 }
 
 void pe_scale(const pe_layout *layout, int32_t granularity, const uint8_t *data, const uint32_t *positions,
