@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from persona_edge.errors import MissingDependencyError, ModelFileError, OutputError
+from persona_edge.errors import MissingDependencyError, ModelFileError, OutputError, UnsupportedModelError
 from persona_edge.maskpack import PackSummary, write_pack
 from persona_edge.masks import PersonaSet, Positions, TensorShape
 from persona_edge.sketch import SketchResult, check_identity
@@ -47,7 +47,13 @@ class GgufFile:
         tensor = self.tensors[name]
         rows, columns = np.divmod(positions.astype(np.int64), int(tensor.shape[0]))
         needed, row_of = np.unique(rows, return_inverse=True)
-        values = gguf.quants.dequantize(tensor.data[needed], tensor.tensor_type)
+        try:
+            values = gguf.quants.dequantize(tensor.data[needed], tensor.tensor_type)
+        except NotImplementedError as error:
+            kind = tensor.tensor_type.name
+            raise UnsupportedModelError(
+                f"{self.path.name}: {name} is stored as {kind}, which gguf cannot read"
+            ) from error
         return np.asarray(values[row_of, columns], np.float32)
 
 
@@ -81,9 +87,10 @@ def pack_path(weights: Path, set_name: str) -> Path:
 def export_gguf(weights: Path, personas: PersonaSet, *, set_name: str, output: Path | None = None) -> PackSummary:
     """Write the pack for `weights`, a GGUF file (checked first) or a folder of original weights.
 
-    `output` replaces the default place next to the weights. Whole or not at all: ModelMismatchError, OutputError.
+    `output` replaces the default place next to the weights. Whole or not at all: ModelMismatchError, OutputError,
+    ModelFileError when `weights` is neither.
     """
-    if weights.is_file():
+    if not weights.is_dir():
         check_gguf(weights, personas)
     return write_pack(pack_path(weights, set_name) if output is None else output, personas)
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from persona_edge.cache import cache_folder
+from persona_edge.cache import cache_folder, writing_to
 from persona_edge.collect import collect_damage, collect_margins, contrast_batches
 from persona_edge.contrasts import CalibrationSet
 from persona_edge.encoding import EncodedText, batches, encode_chat, encode_contrast, encode_text
@@ -81,7 +81,8 @@ class DamageStatistics:
 class Calibrator:
     """Computes, or finds in the cache, the statistics of one model.
 
-    `fingerprint` identifies the weights (a file's SHA-256 or the like). `layers` are watched; by default all.
+    `fingerprint` identifies the weights (a file's SHA-256 or the like). `layers` are watched; by default all. Creates
+    its folder at once, so that a place that cannot be written to is an OutputError before the work, not after it.
     """
 
     def __init__(
@@ -99,6 +100,8 @@ class Calibrator:
         self.layers = tuple(model.layers if layers is None else layers)
         self.progress = progress
         self._folder = (cache_folder() / "statistics" if folder is None else folder) / fingerprint[:16]
+        with writing_to(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
         self._base_key: dict[str, object] = {
             "version": FORMULA_VERSION,
             "model": fingerprint,
@@ -185,14 +188,15 @@ class Calibrator:
         if total is not None:
             return total
         partial = path.with_suffix(".partial")
-        total, done = _resume(partial, key, len(sizes))
+        total = load_statistics(partial, key)
+        done = 0 if total is None else total.counts["batches"]
         saved = time.monotonic()
         for i in range(done, len(sizes)):
             self.progress(label, sum(sizes[:i]), sum(sizes))
             part = one(i)
             total = part if total is None else merge(total, part)
             if i + 1 < len(sizes) and time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
-                save_statistics(partial, total, {**key, "done": i + 1})
+                save_statistics(partial, total, key)
                 saved = time.monotonic()
         self.progress(label, sum(sizes), sum(sizes))
         if total is None:
@@ -205,15 +209,6 @@ class Calibrator:
         return {**self._base_key, **what}
 
 
-def _resume(partial: Path, key: Mapping[str, object], n_batches: int) -> tuple[Statistics | None, int]:
-    """The checkpoint's sums and how many batches they hold, whichever number that is."""
-    for done in range(n_batches - 1, 0, -1):
-        total = load_statistics(partial, {**key, "done": done})
-        if total is not None:
-            return total, done
-    return None, 0
-
-
 def read_json(path: Path, key: Mapping[str, object]) -> object:
     """The value that `write_json` wrote under the same key, else None."""
     try:
@@ -224,8 +219,7 @@ def read_json(path: Path, key: Mapping[str, object]) -> object:
 
 
 def write_json(path: Path, key: Mapping[str, object], value: object) -> None:
-    """Write key and value, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write key and value, whole or not at all. Raises OutputError."""
     write_atomically(path, json.dumps({"key": _plain(key), "value": value}).encode())
 
 

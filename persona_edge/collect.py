@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["ContrastPair", "collect_damage", "collect_margins", "contrast_batches"]
 
 ContrastPair = tuple[EncodedText, EncodedText]
-Consumer = Callable[[LinearLayer, "torch.Tensor", "torch.Tensor"], None]
+ForwardConsumer = Callable[[LinearLayer, "torch.Tensor"], None]
+BackwardConsumer = Callable[[LinearLayer, "torch.Tensor", "torch.Tensor", "torch.Tensor"], None]
 DAMAGE_CHUNK_TOKENS = 128
 
 
@@ -54,24 +55,28 @@ class _Sums:
 
 
 @contextmanager
-def _watching(layers: Sequence[LinearLayer], forward: Consumer | None, backward: Consumer) -> Iterator[None]:
-    """While open, `forward(layer, x, y)` and `backward(layer, x, delta)` see every layer, flattened to (n_tokens, …).
+def _watching(
+    layers: Sequence[LinearLayer], forward: ForwardConsumer | None, backward: BackwardConsumer
+) -> Iterator[None]:
+    """While open, `forward(layer, x)` and `backward(layer, x, delta, weight)` see every layer's run.
 
-    Under activation checkpointing a layer runs twice; only the run that records gradients is watched.
+    `x` and `delta` are (n_sequences, n_tokens, …). `weight` is what the layer ran with: under layer streaming a copy on
+    the device, which the module itself has given up again by the time of the backward pass. A streamed layer runs
+    twice; only the run that records gradients is watched.
     """
     import torch
 
     def watch(layer: LinearLayer) -> Callable[..., None]:
-        def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        def hook(module: torch.nn.Linear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             if not output.requires_grad:
                 return
-            x = inputs[0].detach()
+            x, weight = inputs[0].detach(), module.weight.detach()
             if forward is not None:
-                forward(layer, x, output.detach())
+                forward(layer, x)
 
             def gradient_hook(gradient: torch.Tensor) -> None:
                 with torch.no_grad():
-                    backward(layer, x, gradient)
+                    backward(layer, x, gradient, weight)
 
             output.register_hook(gradient_hook)
 
@@ -127,16 +132,16 @@ def collect_margins(
     # A layer's output at position t predicts token t + 1, so what counts is shifted by one against the inputs.
     responding = torch.nn.functional.pad(batch.scored, (0, 1)).bool()
 
-    def channels(layer: LinearLayer, x: torch.Tensor, _output: torch.Tensor) -> None:
+    def channels(layer: LinearLayer, x: torch.Tensor) -> None:
         for side, first in (("positive", 0), ("negative", 1)):
             seen = x[first::2][responding[first::2]].float()
             sums.add(f"{side}_abs", layer.name, seen.abs().sum(0))
             sums.add(f"{side}_sum", layer.name, seen.sum(0))
             sums.add(f"{side}_square", layer.name, seen.square().sum(0))
 
-    def gates(layer: LinearLayer, x: torch.Tensor, delta: torch.Tensor) -> None:
+    def gates(layer: LinearLayer, x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor) -> None:
         product = delta.flatten(0, -2).T @ x.flatten(0, -2)
-        gradient = layer.to_gguf_rows(_group_sums(product * layer.module.weight, granularity))
+        gradient = layer.to_gguf_rows(_group_sums(product * weight, granularity))
         sums.add("gate_gradient", layer.name, gradient)
         sums.add("gate_gradient_square", layer.name, gradient.square() / len(pairs))
 
@@ -179,13 +184,13 @@ def collect_damage(
     sums = _Sums(layers)
     kept = batch.attention_mask.bool()
 
-    def moments(layer: LinearLayer, x: torch.Tensor, delta: torch.Tensor) -> None:
+    def moments(layer: LinearLayer, x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor) -> None:
         inputs, gradients = x[kept], delta[kept]
         sums.add("input_square", layer.name, inputs.float().square().sum(0))
         squares = gradients.float().square().sum(0)
         sums.add("output_gradient_square", layer.name, layer.to_gguf_rows(squares))
         if gate_fisher:
-            sums.add("gate_gradient_square", layer.name, layer.to_gguf_rows(_squared_gates(layer, inputs, gradients)))
+            sums.add("gate_gradient_square", layer.name, layer.to_gguf_rows(_squared_gates(weight, inputs, gradients)))
 
     with _watching(layers, None, moments):
         logits = _logits(model, batch)
@@ -193,14 +198,14 @@ def collect_damage(
             generator = torch.Generator(device=logits.device).manual_seed(seed)
             labels = torch.multinomial(logits.softmax(-1), 1, generator=generator)
         logits.log_softmax(-1).gather(-1, labels).sum().backward()
-    return sums.finish("damage", {"tokens": int(batch.scored.sum())})
+    return sums.finish("damage", {"batches": 1, "tokens": int(batch.scored.sum())})
 
 
-def _squared_gates(layer: LinearLayer, x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+def _squared_gates(weight: torch.Tensor, x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     """Sum over tokens of the squared gate derivative, (n_rows, n_groups); a chunk of tokens at a time for the cache."""
     import torch
 
-    weight = layer.module.weight.detach().unflatten(-1, (-1, 32)).permute(1, 2, 0)  # (n_groups, 32, n_rows)
+    weight = weight.unflatten(-1, (-1, 32)).permute(1, 2, 0)  # (n_groups, 32, n_rows)
     total = torch.zeros(weight.shape[0], weight.shape[2], dtype=torch.float32, device=weight.device)
     for inputs, gradients in zip(x.split(DAMAGE_CHUNK_TOKENS), delta.split(DAMAGE_CHUNK_TOKENS), strict=True):
         groups = inputs.unflatten(-1, (-1, 32)).transpose(0, 1)  # (n_groups, n_tokens, 32)

@@ -33,11 +33,18 @@ MAX_RESPONSE_TOKENS = 192
 
 @dataclass(frozen=True)
 class EncodedText:
-    """Token ids, of which the last `n_scored` count. `item` says which contrast or prompt it came from."""
+    """Token ids, of which the last `n_scored` count. `item` says which contrast or prompt it came from.
+
+    The first token is never scored, as nothing predicts it: ValueError otherwise.
+    """
 
     tokens: tuple[int, ...]
     n_scored: int
     item: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.n_scored <= max(len(self.tokens) - 1, 0):
+            raise ValueError(f"{self.n_scored} of {len(self.tokens)} tokens cannot be scored")
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,8 @@ class AnswerScores:
 class MarginResult:
     """Share of contrasts whose positive answer is likelier, by summed and by mean log-probability; mean levels.
 
-    `mean_margin` is in nats per token, as are `mean_positive` and `mean_negative`, the levels themselves: a persona that
-    only makes the opposite unlikely shows in them.
+    `mean_margin` is in nats per token, as are `mean_positive` and `mean_negative`, the levels themselves: a persona
+    that only makes the opposite unlikely shows in them.
     """
 
     n_contrasts: int

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from persona_edge.errors import InputError, MissingDependencyError, ModelFileError, UnsupportedModelError
+from persona_edge.layer_streaming import exceeds_memory, start_streaming
 from persona_edge.masks import GROUP_SIZE, ModelIdentity, TensorShape
 from persona_edge.sketch import sample_signs
 
@@ -156,9 +157,13 @@ def _cpu_multiplies_bfloat16() -> bool:
     return bool(supported and supported())
 
 
-def load_torch_model(source: Path, *, name: str, device: str = "auto", dtype: DType = "auto") -> TorchModel:
+def load_torch_model(
+    source: Path, *, name: str, device: str = "auto", dtype: DType = "auto", streaming: bool | Literal["auto"] = "auto"
+) -> TorchModel:
     """Load `source`, a GGUF file or a Hugging Face folder, for calibration and evaluation.
 
+    `streaming` keeps the decoder blocks in main memory and runs them on the device one at a time (layer_streaming.py):
+    `auto` does so on a CUDA device that is too small; True on a CPU trades time for the memory of activations.
     Raises MissingDependencyError without the offline extra, ModelFileError when the file cannot be read and
     UnsupportedModelError when its layers have no GGUF names.
     """
@@ -174,7 +179,10 @@ def load_torch_model(source: Path, *, name: str, device: str = "auto", dtype: DT
     layers = _named_layers(model, architecture)
     if source.is_file():
         layers = _ordered_as_in_file(layers, source)
-    model.to(device)
+    if streaming is True or (streaming == "auto" and exceeds_memory(model, device)):
+        start_streaming(model, device)
+    else:
+        model.to(device)
     return TorchModel(name, architecture, model, tokenizer, layers, int(_text_config(model.config).num_hidden_layers))
 
 

@@ -11,7 +11,8 @@ damage      input_square (n_columns,)          sum over tokens of x^2
             gate_gradient_square (n_rows, n_groups)   sum over tokens of (delta_i sum_j w_ij x_j)^2
 
 where x is a layer's input, delta the gradient at its output. Counts: `contrasts`, `batches`, `positive_tokens`,
-`negative_tokens` for margins; `tokens`, the number of predictions, for damage. Leaves computing them to collect.py.
+`negative_tokens` for margins; `batches` and `tokens`, the number of predictions, for damage. Leaves computing them to
+collect.py.
 """
 
 from __future__ import annotations
@@ -56,11 +57,13 @@ class Statistics:
 
 
 def merge(first: Statistics, second: Statistics) -> Statistics:
-    """Statistics over the data of both; CalibrationError when they are of different kinds or models."""
+    """Statistics over the data of both; CalibrationError when they are of different kinds, models or settings."""
     if not first.counts:
         return second
-    if first.kind != second.kind or first.tensors != second.tensors:
-        raise CalibrationError("statistics of different kinds or models cannot be merged")
+    if not second.counts:
+        return first
+    if first.kind != second.kind or first.tensors != second.tensors or first.sums.keys() != second.sums.keys():
+        raise CalibrationError("statistics of different kinds, models or settings cannot be merged")
     counts = {name: n + second.counts.get(name, 0) for name, n in first.counts.items()}
     sums = {
         name: {tensor: values + second.sums[name][tensor] for tensor, values in tensors.items()}
