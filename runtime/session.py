@@ -140,8 +140,8 @@ class PersonaRuntime:
         """Edit the weights to be `persona` at `strength` (0 to 1), whatever they are now. Undone by `base`.
 
         Names are case-insensitive. A generation in another thread is interrupted between two tokens and goes on in the
-        new persona. Raises PersonaNotFoundError or InputError, with nothing written; any failure while writing
-        leaves the unmodified model.
+        new persona. Raises PersonaNotFoundError, InputError, PackError or UnsupportedModelError (a quantization that
+        cannot be edited), with nothing written; a failure while writing leaves the unmodified model.
         """
         strength = _checked_strength(strength)
         with self._lock:
@@ -219,6 +219,7 @@ class PersonaRuntime:
         started = perf_counter()
         n_units = n_bytes = 0
         if self._attached is not None:
+            self._attached.check(program)
             try:
                 n_units, n_bytes = self._attached.write(program)
                 if n_units:
@@ -282,6 +283,11 @@ class _Attached:
         if persona in self.pack.personas:
             return persona
         return next(name for name in self.pack.personas if name.casefold() == persona.casefold())
+
+    def check(self, program: PersonaProgram | None) -> None:
+        """Raise what would keep `program` from being written."""
+        if program is not None:
+            self._switcher.check(program)
 
     def write(self, program: PersonaProgram | None) -> tuple[int, int]:
         """Edit the weights to `program`, or back to base for None: units and bytes written."""

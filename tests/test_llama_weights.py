@@ -88,7 +88,7 @@ def assert_memory_is_the_file(model: LlamaModel) -> None:
     for expected in in_file:
         found = tensors[str(expected.name)]
         assert found.ggml_type == int(expected.tensor_type)
-        assert (found.n_columns, found.n_rows) == (expected.shape[0], np.prod(expected.shape[1:]))
+        assert [found.n_columns, found.n_rows] == [int(expected.shape[0]), int(np.prod(expected.shape[1:]))]
         assert np.array_equal(found.data, expected.data.reshape(-1).view(np.uint8))
         assert found.data.flags.writeable
 

@@ -19,8 +19,9 @@ from persona_edge.errors import (
     ModelNotFoundError,
     PackError,
     PersonaNotFoundError,
+    UnsupportedModelError,
 )
-from persona_edge.maskpack import MaskPack, write_pack
+from persona_edge.maskpack import MaskPack, encode_pack, write_pack
 from persona_edge.masks import ModelIdentity, PersonaSet, Plane, Pole, TensorShape
 from persona_edge.runtime.dequantize import dequantize
 from persona_edge.runtime.session import Message, PersonaRuntime, SamplingOptions
@@ -175,6 +176,28 @@ def test_a_failure_after_writing_leaves_base(
     assert runtime.weights_digest() == before
     assert (runtime.persona, runtime.strength) == (None, 0.0)
     assert runtime._backend.cached_tokens == ()
+
+
+def test_a_quantization_that_cannot_be_edited(smollm2_path: Path) -> None:
+    """No layout is known for IQ2_XXS; the persona that was active stays."""
+    with PersonaRuntime.open(smollm2_path, n_ctx=256, n_threads=1) as runtime:
+        personas = personas_for(runtime)
+        name = "blk.1.ffn_up.weight"
+        sketch = {n: sample for n, sample in personas.identity.sketch.items() if n != name}
+        without = [
+            replace(p, positions={n: at for n, at in p.positions.items() if n != name})
+            for p in personas.poles[0].planes
+        ]
+        poles = (replace(personas.poles[0], planes=tuple(without)), personas.poles[1])
+        changed = replace(personas, poles=poles, identity=replace(personas.identity, sketch=sketch))
+        runtime._tensors[name] = replace(runtime._tensors[name], ggml_type=16)
+        runtime.attach(MaskPack.from_bytes(encode_pack(changed)[0]))
+        runtime.switch("Aye")
+        before = runtime.weights_digest()
+        with pytest.raises(UnsupportedModelError, match=r"blk\.1\.ffn_up\.weight: .*IQ2_XXS cannot be edited"):
+            runtime.switch("Bee")
+        assert runtime.weights_digest() == before
+        assert runtime.persona == "Aye"
 
 
 # Packs
@@ -359,16 +382,19 @@ def test_ctrl_c_at_any_moment(runtime: PersonaRuntime, cold_text: str) -> None:
     def press(_signal: int, _frame: object) -> None:
         raise KeyboardInterrupt
 
+    def switch_and_stream_until_pressed(delay: float) -> None:
+        signal.setitimer(signal.ITIMER_REAL, delay)
+        while True:
+            runtime.switch("Aye")
+            for _ in runtime.stream(STORY, GREEDY):
+                runtime.base()
+
     before = runtime.weights_digest()
     previous = signal.signal(signal.SIGALRM, press)
     try:
         for delay in np.linspace(0.003, 0.08, 12):
             with pytest.raises(KeyboardInterrupt):
-                signal.setitimer(signal.ITIMER_REAL, delay)
-                while True:
-                    runtime.switch("Aye")
-                    for _ in runtime.stream(STORY, GREEDY):
-                        runtime.base()
+                switch_and_stream_until_pressed(delay)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
@@ -459,7 +485,7 @@ def test_generating_in_two_threads_at_once(runtime: PersonaRuntime, cold_text: s
     alone = [runtime.generate(prompt, replace(GREEDY, max_tokens=1)).text for prompt in prompts]
 
     def generate(prompt: str) -> None:
-        texts.append(runtime.generate(prompt, GREEDY).text)
+        texts.append(runtime.generate(prompt, replace(GREEDY, max_tokens=6)).text)
 
     threads = [threading.Thread(target=generate, args=(prompt,)) for prompt in prompts]
     for thread in threads:
@@ -503,7 +529,7 @@ def test_larger_models_go_there_and_back(which: str, request: pytest.FixtureRequ
         tokens = runtime.tokenize(STORY)
         logits = runtime.logits(tokens)
         assert "capital of France" in cold
-        runtime.attach(MaskPack.from_bytes(pack_bytes(runtime)))
+        runtime.attach(MaskPack.from_bytes(encode_pack(personas_for(runtime))[0]))
         runtime.switch("Both")
         assert runtime.weights_digest() != before
         assert np.abs(runtime.logits(tokens) - logits).mean() > 0.1
@@ -511,10 +537,3 @@ def test_larger_models_go_there_and_back(which: str, request: pytest.FixtureRequ
         assert runtime.weights_digest() == before
         assert np.array_equal(runtime.logits(tokens), logits)
         assert runtime.chat(QUESTION, GREEDY).text == cold
-
-
-def pack_bytes(runtime: PersonaRuntime) -> bytes:
-    from persona_edge.maskpack import encode_pack
-
-    data, _ = encode_pack(personas_for(runtime))
-    return data
