@@ -142,6 +142,8 @@ def _tensor_names(library: LlamaLibrary, path: Path) -> list[str]:
         raise ModelFileError(_damaged(path, library.log.first_error()))
     try:
         return [ggml.gguf_get_tensor_name(gguf, i).decode() for i in range(ggml.gguf_get_n_tensors(gguf))]
+    except UnicodeDecodeError:
+        raise ModelFileError(_damaged(path, "a tensor's name is not UTF-8")) from None
     finally:
         ggml.gguf_free(gguf)
 

@@ -253,6 +253,12 @@ def test_truncated_files(tiny_path: Path, tmp_path: Path, share: float) -> None:
     assert_one_line_error(ModelFileError, path, "damaged or incomplete: .*; download it again")
 
 
+def test_a_tensor_name_that_is_no_text(tiny_path: Path, tmp_path: Path) -> None:
+    path = tmp_path / "flipped.gguf"
+    path.write_bytes(tiny_path.read_bytes().replace(b"blk.0.attn_q", b"blk.\xff.attn_q"))
+    assert_one_line_error(ModelFileError, path, "a tensor's name is not UTF-8")
+
+
 @pytest.mark.model
 def test_a_truncated_smollm2(smollm2_path: Path, tmp_path: Path) -> None:
     path = tmp_path / "short.gguf"
