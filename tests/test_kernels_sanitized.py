@@ -38,7 +38,16 @@ def exercise(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if built.returncode or subprocess.run([folder / "probe"], capture_output=True, check=False).returncode:
         pytest.skip("this compiler cannot build or run with -fsanitize=address,undefined")
     program = folder / "exercise"
-    command = [compiler(), *WARNINGS, *SANITIZERS, f"-I{CORE[0].parent}", *CORE, HARNESS, "-o", program]
+    command: list[str | Path] = [
+        compiler(),
+        *WARNINGS,
+        *SANITIZERS,
+        f"-I{CORE[0].parent}",
+        *CORE,
+        HARNESS,
+        "-o",
+        program,
+    ]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
     return program
@@ -63,6 +72,6 @@ def test_no_sanitizer_complains_and_every_byte_comes_back(exercise: Path, layout
 
 def test_the_core_compiles_without_a_warning_when_optimized(tmp_path: Path) -> None:
     for source in CORE:
-        command = [compiler(), *WARNINGS, "-O3", "-c", source, "-o", tmp_path / "out.o"]
+        command: list[str | Path] = [compiler(), *WARNINGS, "-O3", "-c", source, "-o", tmp_path / "out.o"]
         built = subprocess.run(command, capture_output=True, text=True, check=False)
         assert built.returncode == 0, built.stderr

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import gguf
 import numpy as np
@@ -25,7 +26,7 @@ from persona_edge.masks import Granularity, Plane, Pole
 from persona_edge.runtime import numpy_kernels
 from persona_edge.runtime.dequantize import dequantize_rows
 from persona_edge.runtime.kernels import CKernels, Kernels, NumpyKernels
-from persona_edge.runtime.layouts import LAYOUTS
+from persona_edge.runtime.layouts import LAYOUTS, Units
 from persona_edge.runtime.plans import Plan, SwitchCounts, UndoLog
 from persona_edge.runtime.switcher import PersonaProgram, Switcher, WeightTensor, compile_program, compose
 
@@ -82,7 +83,7 @@ def random_pole(name: str, seed: int, gates: Sequence[float] = (0.0, 1.5), weigh
     return Pole(name, "axis", tuple(planes))
 
 
-def pole(gate: float, positions: dict[str, Sequence[int]], granularity: Granularity = 32) -> Pole:
+def pole(gate: float, positions: Mapping[str, Sequence[int]], granularity: Granularity = 32) -> Pole:
     plane = Plane(gate, {name: np.array(p, np.uint32) for name, p in positions.items()}, granularity)
     return Pole("pole", "axis", (plane,))
 
@@ -343,7 +344,7 @@ def test_a_failure_at_any_write_leads_to_base(monkeypatch: pytest.MonkeyPatch, e
         switcher.apply(first)
         countdown = n_writes
 
-        def failing(units: numpy_kernels.Units, fields: NDArray[np.uint8]) -> None:
+        def failing(units: Units, fields: NDArray[np.uint8]) -> None:
             nonlocal countdown
             countdown -= 1
             if countdown == -1:
@@ -422,10 +423,11 @@ def test_memory_that_cannot_be_edited_is_refused() -> None:
     good = weights()["Q4_1"]
     read_only = good.data.copy()
     read_only.flags.writeable = False
+    wide: Any = good.data.view(np.uint16)
     for data, message in (
         (read_only, "writable"),
         (good.data[:-1], "expected 1280 bytes"),
-        (good.data.view(np.uint16), "flat, writable"),
+        (wide, "flat, writable"),
         (good.data[::2], "flat, writable"),
     ):
         with pytest.raises(WeightAccessError, match=message):
