@@ -1,0 +1,89 @@
+"""Opening a model to chat with: which file, which pack next to it, and whether they belong together.
+
+What can be known to be wrong is found before the model is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from persona_edge.catalogue import resolve_model
+from persona_edge.chat_values import BASE
+from persona_edge.downloads import Progress, silent
+from persona_edge.errors import InputError, ModelMismatchError, PackError
+from persona_edge.find_packs import FoundPack, find_pack, open_pack
+from persona_edge.runtime.session import PersonaRuntime
+
+__all__ = ["ChatModel", "open_chat_model"]
+
+
+@dataclass(frozen=True)
+class ChatModel:
+    """A model that is ready to talk. `pack` is None without personas; `notes` are lines that the user should see."""
+
+    runtime: PersonaRuntime
+    path: Path
+    pack: FoundPack | None
+    notes: tuple[str, ...]
+    no_pack: str
+
+    @property
+    def greeting(self) -> str:
+        """What an interactive chat begins with."""
+        how = "/help lists the commands, Ctrl-D leaves"
+        if self.pack is None:
+            return f"{self.path.name}, without personas: {self.no_pack}\n{how}"
+        return f"{self.path.name} with {len(self.runtime.personas)} personas from {self.pack.path.name}\n{how}"
+
+
+def open_chat_model(
+    model: str,
+    *,
+    pack: Path | None = None,
+    wanted: Sequence[str] = (),
+    look_for_pack: bool = True,
+    n_ctx: int = 4096,
+    n_threads: int | None = None,
+    progress: Progress = silent,
+) -> ChatModel:
+    """Load `model` with the pack that holds every persona of `wanted` (`base` needs none).
+
+    `pack` is used when it is given; otherwise the newest fitting one next to the model. When nothing is `wanted`, a
+    pack is attached if `look_for_pack` and one is found that fits. Raises what `resolve_model`, `find_pack` and
+    `PersonaRuntime.open` raise.
+    """
+    path = resolve_model(model, progress=progress).require_gguf()
+    personas = [name for name in wanted if name.casefold() != BASE]
+    found, why_none = _choose(path, model, pack, personas, look_for_pack)
+    progress(f"loading {path.name}", 0, None)
+    if found is None or personas or pack is not None:
+        runtime = PersonaRuntime.open(path, found.pack if found else None, n_ctx=n_ctx, n_threads=n_threads)
+        notes = () if found is None or found.note is None else (found.note,)
+        return ChatModel(runtime, path, found, notes, why_none)
+    runtime = PersonaRuntime.open(path, n_ctx=n_ctx, n_threads=n_threads)
+    try:  # a pack that nobody asked for is no reason not to talk to the model
+        runtime.attach(found.pack)
+    except (PackError, ModelMismatchError) as error:
+        return ChatModel(runtime, path, None, (f"{found.path.name} was left out: {error}",), str(error))
+    except BaseException:
+        runtime.close()
+        raise
+    return ChatModel(runtime, path, found, () if found.note is None else (found.note,), why_none)
+
+
+def _choose(
+    path: Path, model: str, pack: Path | None, personas: Sequence[str], look_for_pack: bool
+) -> tuple[FoundPack | None, str]:
+    """The pack to attach, if any, and why there is none."""
+    if pack is not None:
+        return open_pack(pack, personas), ""
+    if personas:
+        return find_pack(path, personas, model), ""
+    if not look_for_pack:
+        return None, "start the chat with --persona"
+    try:
+        return find_pack(path, (), model), ""
+    except (InputError, PackError) as error:
+        return None, str(error)

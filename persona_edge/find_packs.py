@@ -1,0 +1,132 @@
+"""Which mask packs lie next to a model, and which of them holds a persona.
+
+The exporter writes `<model>.<set>.maskpack` next to `<model>.gguf`; those are the packs that are found without being
+named. When several hold what is wanted, the newest is taken, and a note says so. A pack that is damaged is passed over
+with a note as long as another one serves.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from persona_edge.errors import InputError, PackError, PersonaNotFoundError
+from persona_edge.maskpack import MaskPack
+
+__all__ = ["FoundPack", "export_command", "find_pack", "match_name", "missing_personas", "open_pack", "packs_beside"]
+
+PACK_SUFFIX = ".maskpack"
+
+
+@dataclass(frozen=True)
+class FoundPack:
+    """A pack that was read and checked, where it lies, and what the user should know about the choice."""
+
+    path: Path
+    pack: MaskPack
+    note: str | None = None
+
+
+def packs_beside(model: Path) -> tuple[Path, ...]:
+    """The packs of GGUF file `model` in its folder, newest first (by modification time, then by name)."""
+    stems = [file.stem for file in model.parent.glob("*.gguf")]
+    found = [path for path in model.parent.glob(f"*{PACK_SUFFIX}") if _owner(path, [*stems, model.stem]) == model.stem]
+    return tuple(sorted(found, key=lambda path: (-path.stat().st_mtime_ns, path.name)))
+
+
+def open_pack(path: Path, wanted: Sequence[str] = ()) -> FoundPack:
+    """The pack at `path`, which has to hold every persona of `wanted`. PackError or PersonaNotFoundError otherwise."""
+    pack = MaskPack.open(path)
+    lacking = missing_personas(pack, wanted)
+    if lacking:
+        raise PersonaNotFoundError(f"no persona {lacking[0]!r} in {path}; it has {', '.join(pack.personas)}")
+    return FoundPack(path, pack)
+
+
+def find_pack(model: Path, wanted: Sequence[str], model_argument: str) -> FoundPack:
+    """The newest pack next to `model` that holds every persona of `wanted` (none: any pack).
+
+    `model_argument` is what the user calls the model; the message tells them how to make a pack for it. Raises
+    PersonaNotFoundError when packs lack a persona, InputError when there is no pack at all, and the PackError of the
+    only pack when that is damaged.
+    """
+    paths = packs_beside(model)
+    readable, damaged = _read_all(paths)
+    holding = [found for found in readable if not missing_personas(found.pack, wanted)]
+    if holding:
+        return FoundPack(holding[0].path, holding[0].pack, _note(holding, damaged, wanted))
+    if damaged and not readable:
+        raise damaged[0]
+    if readable:
+        nearest = min(readable, key=lambda found: len(missing_personas(found.pack, wanted)))
+        lacking = missing_personas(nearest.pack, wanted)[0]
+        raise PersonaNotFoundError(
+            f"no persona {lacking!r} in {_names([found.path for found in readable])}, which has "
+            f"{', '.join(nearest.pack.personas)}; pass another pack with --pack, or make one with: "
+            f"{export_command(model_argument, lacking)}"
+        )
+    first = wanted[0] if wanted else None
+    raise InputError(
+        f"no mask pack next to {model}; make one with: {export_command(model_argument, first)} (or pass --pack)"
+    )
+
+
+def export_command(model_argument: str, persona: str | None = None) -> str:
+    """The command that makes a pack with `persona`: of a set that ships, otherwise of a file of the user's own."""
+    return f"persona-edge export --model {shlex.quote(model_argument)} --personas {_set_with(persona)}"
+
+
+def match_name(wanted: str, names: Iterable[str]) -> str | None:
+    """The one of `names` that is `wanted`, or is it but for letter case; None when there is none, or several."""
+    known = list(names)
+    folded = [name for name in known if name.casefold() == wanted.casefold()]
+    if wanted in known:
+        return wanted
+    return folded[0] if len(folded) == 1 else None
+
+
+def missing_personas(pack: MaskPack, wanted: Sequence[str]) -> list[str]:
+    """Those of `wanted` that `pack` does not hold, whatever their letter case."""
+    return [name for name in wanted if match_name(name, pack.personas) is None]
+
+
+def _owner(pack: Path, stems: Sequence[str]) -> str:
+    """The model a pack is named after: beside `a.gguf` and `a.Q4.gguf`, `a.Q4.x.maskpack` belongs to the second."""
+    return max((stem for stem in stems if pack.name.startswith(f"{stem}.")), key=len, default="")
+
+
+def _read_all(paths: Sequence[Path]) -> tuple[list[FoundPack], list[PackError]]:
+    readable, damaged = [], []
+    for path in paths:
+        try:
+            readable.append(FoundPack(path, MaskPack.open(path)))
+        except PackError as error:
+            damaged.append(error)
+    return readable, damaged
+
+
+def _note(holding: Sequence[FoundPack], damaged: Sequence[PackError], wanted: Sequence[str]) -> str | None:
+    notes = []
+    if len(holding) > 1:
+        held = f" with {', '.join(wanted)}" if wanted else ""
+        notes.append(f"using {holding[0].path.name}, the newest of {len(holding)} packs{held}; --pack chooses another")
+    notes += [f"passed over a damaged pack: {error}" for error in damaged]
+    return "; ".join(notes) or None
+
+
+def _names(paths: Sequence[Path]) -> str:
+    return paths[0].name if len(paths) == 1 else f"the {len(paths)} packs next to the model, e.g. {paths[0].name}"
+
+
+def _set_with(persona: str | None) -> str:
+    from persona_edge.persona_sets import load_persona_set, shipped_sets
+
+    names = [shipped.name for shipped in shipped_sets()]
+    if persona is None:
+        return names[0]
+    for name in names:
+        if persona.casefold() in {known.casefold() for known in load_persona_set(name).personas}:
+            return name
+    return "CONTRASTS.jsonl"
