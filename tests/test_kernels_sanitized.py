@@ -48,8 +48,8 @@ def exercise(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "-o",
         program,
     ]
-    built = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert built.returncode == 0, built.stderr
+    compiled = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert compiled.returncode == 0, compiled.stderr
     return program
 
 
