@@ -9,16 +9,19 @@ cached, so that a repeated or resumed build measures nothing twice.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 from persona_edge import __version__
 from persona_edge.budget_search import BudgetResult, Drift, Trial, search_budget
-from persona_edge.calibration import Calibrator, NeutralData
+from persona_edge.calibration import Calibrator
 from persona_edge.contrasts import CalibrationSet
-from persona_edge.encoding import encode_contrast
-from persona_edge.errors import InputError
+from persona_edge.encoding import EncodedText, encode_contrast
+from persona_edge.errors import CalibrationError, InputError, SelectionError
 from persona_edge.evaluation import BaseBehaviour, MarginResult, margins, mean_kl, measure_base
 from persona_edge.masked_model import masked
 from persona_edge.masks import Granularity, PersonaSet, Plane, Pole
@@ -77,7 +80,23 @@ def build_personas(calibrator: Calibrator, spec: PersonaSpec, settings: BuildSet
     SelectionError when no mask keeps within the limits.
     """
     settings.check()
+    if settings.method == "contrastive-fisher" and settings.granularity != calibrator.settings.granularity:
+        raise InputError(
+            f"masks at granularity {settings.granularity} need statistics of the same, "
+            f"not of {calibrator.settings.granularity}"
+        )
+    for axis_set in spec.sets:
+        _require_both_parts(axis_set)
     return _Builder(calibrator, spec, settings).build()
+
+
+def _require_both_parts(axis_set: CalibrationSet) -> None:
+    parts = axis_set.split()
+    if not all(len(part) for part in parts):
+        raise CalibrationError(
+            f"{axis_set.name}: of its {len(axis_set)} contrasts {len(parts[0])} are for calibration, {len(parts[1])} "
+            "for measuring; add contrasts with other prompts, a few dozen at least"
+        )
 
 
 class _Builder:
@@ -87,7 +106,6 @@ class _Builder:
         all_names = [layer.name for layer in calibrator.layers]
         self.names = filter_tensors(all_names, settings.include, settings.exclude, settings.layers)
         self.damage: dict[str, Any] = {}
-        self._bench: _Bench | None = None
         self._start = FIRST_BUDGET
 
     def build(self) -> PersonaSet:
@@ -107,7 +125,7 @@ class _Builder:
     def _axis(self, axis_set: CalibrationSet) -> list[tuple[Pole, dict[str, Any]]]:
         calibration, held_out = axis_set.split()
         statistics = self.calibrator.margins(calibration)
-        base = self._margins("base", axis_set, held_out, ())
+        base = self._margins(held_out, ())
         made = []
         sides: tuple[tuple[Side, str], ...] = (
             ("positive", axis_set.positive_pole),
@@ -115,8 +133,8 @@ class _Builder:
         )
         for side, name in sides:
             maker = self._maker(statistics, side)
-            planes, search = self._planes(maker, f"{axis_set.content_hash()}:{side}", name)
-            effect = self._margins(name, axis_set, held_out, planes)
+            planes, search = self._planes(maker, name)
+            effect = self._margins(held_out, planes)
             pole = Pole(name, axis_set.axis, planes)
             made.append(
                 (pole, self._pole_report(axis_set, side, planes=planes, search=search, base=base, effect=effect))
@@ -133,12 +151,12 @@ class _Builder:
         ranked = fisher_planes(statistics, self.damage, side, gates, settings.granularity)
         return ranked.take_density if settings.density is not None else ranked.take
 
-    def _planes(self, maker: PlaneMaker, identity: str, label: str) -> tuple[tuple[Plane, ...], BudgetResult]:
+    def _planes(self, maker: PlaneMaker, label: str) -> tuple[tuple[Plane, ...], BudgetResult]:
         """The planes at the amount asked for, or at the largest budget within the limits."""
         fixed = self.settings.budget if self.settings.density is None else self.settings.density
         if fixed is not None:
             planes = maker(fixed)
-            drift = self._drift(planes, identity, fixed)
+            drift = self._drift(planes)
             return planes, BudgetResult(fixed, drift, (Trial(fixed, drift, True),))
         n_steps = self.settings.search_steps
         done = 0
@@ -147,7 +165,11 @@ class _Builder:
             nonlocal done
             self.calibrator.progress(f"budget {label}", done, n_steps)
             done += 1
-            return self._drift(maker(budget), identity, budget)
+            try:
+                planes = maker(budget)
+            except SelectionError:  # too little for even the best unit: no mask, no drift, look higher
+                return Drift(1.0, 0.0, 0.0)
+            return self._drift(planes)
 
         result = search_budget(
             measure,
@@ -160,34 +182,38 @@ class _Builder:
         self._start = result.budget  # the next pole's is rarely far
         return maker(result.budget), result
 
-    def _drift(self, planes: Sequence[Plane], identity: str, amount: float) -> Drift:
+    def _drift(self, planes: Sequence[Plane]) -> Drift:
         def compute() -> object:
-            bench = self._measured_base()
+            bench = self._bench  # before the mask is on
             with masked(self.model, planes):
                 web, chat = mean_kl(self.model, bench.web), mean_kl(self.model, bench.chat)
             return asdict(Drift(web.perplexity_ratio, chat.kl_divergence, web.kl_divergence))
 
-        found = self.calibrator.cached_json("drift", {**self._key(), "mask": identity, "amount": amount}, compute)
+        found = self.calibrator.cached_json("drift", {"mask": _digest(planes), "texts": self._neutral_key}, compute)
         return Drift(**found)  # type: ignore[arg-type]
 
-    def _measured_base(self) -> _Bench:
-        if self._bench is None:
-            data: NeutralData = self.calibrator.neutral_data()
-            self._bench = _Bench(
-                measure_base(self.model, data.held_out_web), measure_base(self.model, data.held_out_chat)
-            )
-        return self._bench
+    @cached_property
+    def _neutral_key(self) -> str:
+        tokens = [[text.tokens for text in texts] for texts in self._held_out_texts]
+        return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
 
-    def _margins(
-        self, label: str, axis_set: CalibrationSet, held_out: CalibrationSet, planes: Sequence[Plane]
-    ) -> MarginResult:
+    @cached_property
+    def _held_out_texts(self) -> tuple[Sequence[EncodedText], Sequence[EncodedText]]:
+        data = self.calibrator.neutral_data()
+        return data.held_out_web, data.held_out_chat
+
+    @cached_property
+    def _bench(self) -> _Bench:
+        web, chat = self._held_out_texts
+        return _Bench(measure_base(self.model, web), measure_base(self.model, chat))
+
+    def _margins(self, held_out: CalibrationSet, planes: Sequence[Plane]) -> MarginResult:
         def compute() -> object:
             pairs = [encode_contrast(self.model.tokenizer, c, i) for i, c in enumerate(held_out.contrasts)]
             with masked(self.model, planes):
                 return asdict(margins(self.model, pairs))
 
-        counted = {name: len(p) for plane in planes for name, p in plane.positions.items()}
-        key = {**self._key(), "pole": label, "set": axis_set.content_hash(), "counts": counted}
+        key = {"mask": _digest(planes), "held_out": held_out.content_hash()}
         return MarginResult(**self.calibrator.cached_json("margins", key, compute))  # type: ignore[arg-type]
 
     def _compositions(self, poles: Sequence[Pole], personas: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
@@ -198,16 +224,10 @@ class _Builder:
         for i, (name, parts) in enumerate(composed.items()):
             self.calibrator.progress("compositions", i, len(composed))
             planes = [plane for part in parts for plane in by_name[part].planes]
-            identity = ":".join([*parts, *(item.content_hash() for item in self.spec.sets)])
-            reports[name] = asdict(self._drift(planes, identity, sum(p.n_positions for p in planes)))
+            reports[name] = asdict(self._drift(planes))
         if composed:
             self.calibrator.progress("compositions", len(composed), len(composed))
         return reports
-
-    def _key(self) -> dict[str, object]:
-        made = {k: v for k, v in asdict(self.settings).items() if k in _MASK_SETTINGS}
-        held_out = self.calibrator.settings
-        return {**made, "tokens": [held_out.neutral_tokens, held_out.answer_tokens], "held_out": held_out.held_out}
 
     def _pole_report(
         self,
@@ -219,12 +239,13 @@ class _Builder:
         base: MarginResult,
         effect: MarginResult,
     ) -> dict[str, Any]:
-        n_units = sum(self.model.layer(n).shape.n_units(self.settings.granularity) for n in self.names)
+        granularity = planes[0].granularity if planes else self.settings.granularity
+        n_units = sum(self.model.layer(n).shape.n_units(granularity) for n in self.names)
         return {
             "axis": axis_set.axis,
             "side": side,
             "calibration_set": {"sha256": axis_set.content_hash(), "n_contrasts": len(axis_set)},
-            "budget_nats": search.budget,
+            "budget_nats": search.budget if self.settings.density is None else None,
             "share_of_units": sum(plane.n_positions for plane in planes) / n_units,
             "drift": asdict(search.drift),
             "n_trials": len(search.trials),
@@ -245,13 +266,11 @@ class _Builder:
         }
 
 
-_MASK_SETTINGS = (
-    "method",
-    "granularity",
-    "suppress_gate",
-    "amplify_gate",
-    "density",
-    "include",
-    "exclude",
-    "layers",
-)
+def _digest(planes: Sequence[Plane]) -> str:
+    """SHA-256 of exactly what a mask is, so that no measurement is ever taken for another mask's."""
+    digest = hashlib.sha256()
+    for plane in planes:
+        for name, positions in plane.positions.items():
+            digest.update(json.dumps([name, plane.gate, plane.granularity, len(positions)]).encode())
+            digest.update(positions.astype("<u4").tobytes())
+    return digest.hexdigest()

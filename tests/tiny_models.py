@@ -7,12 +7,14 @@ lays them. The permutation is written out row by row here, so that the code unde
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
 import gguf
 import numpy as np
+import pytest
 import torch
 import transformers
 from numpy.typing import NDArray
@@ -56,6 +58,15 @@ _CONFIG: Final[dict[str, Any]] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Import it, and a module's tests use one thread: several wait for each other longer than these models run."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
 
 
 @cache
@@ -182,6 +193,6 @@ def contrast_pairs(model: TorchModel, n: int = 8) -> list[tuple[EncodedText, Enc
     return [encode_contrast(model.tokenizer, contrast, i) for i, contrast in enumerate(contrasts(n))]
 
 
-def calibration_set(n: int = 12) -> CalibrationSet:
-    """`contrasts(n)` as the axis EI."""
-    return CalibrationSet("tiny", "EI", "E", "I", contrasts(n))
+def calibration_set(n: int = 12, *, axis: str = "EI", first: int = 0) -> CalibrationSet:
+    """`n` contrasts from number `first` on; the poles of axis `EI` are `E` and `I`."""
+    return CalibrationSet(f"tiny-{axis}", axis, axis[0], axis[1], contrasts(first + n)[first:])
