@@ -184,6 +184,12 @@ def test_switch_refuses_positions_that_do_not_fit_before_it_writes(kernels: Kern
 
 
 @every_kernels
+def test_the_empty_plan_is_a_plan(kernels: Kernels) -> None:
+    nothing = UndoLog.blank(Plan.empty())
+    assert kernels.switch(kernels.tensors([], []), nothing, nothing) == (0, 0, 0)
+
+
+@every_kernels
 def test_switch_refuses_a_plan_for_other_tensors(kernels: Kernels) -> None:
     layout = layout_of(3)
     data, plan = fixed_program(layout, [0])

@@ -28,7 +28,7 @@ from persona_edge.runtime import numpy_kernels
 from persona_edge.runtime.dequantize import dequantize_rows
 from persona_edge.runtime.kernels import CKernels, Kernels, NumpyKernels
 from persona_edge.runtime.layouts import LAYOUTS, Units
-from persona_edge.runtime.plans import Plan, SwitchCounts, UndoLog
+from persona_edge.runtime.plans import SwitchCounts, UndoLog
 from persona_edge.runtime.switcher import PersonaProgram, Switcher, WeightTensor, compile_program
 
 N_ROWS, N_COLUMNS = 4, 512
@@ -375,12 +375,6 @@ def test_groups_must_divide_the_columns() -> None:
     odd = WeightTensor("w", 0, 4, 40, np.zeros(4 * 40 * 4, np.uint8))
     with pytest.raises(ModelMismatchError, match="40 columns do not divide into groups of 32"):
         Switcher({"w": odd}).apply(compile_program([pole(0.0, {"w": [0]})]))
-
-
-def test_the_empty_plan_is_a_plan() -> None:
-    for kernels in BOTH:
-        nothing = UndoLog.blank(Plan.empty())
-        assert kernels.switch(kernels.tensors([], []), nothing, nothing) == (0, 0, 0)
 
 
 @pytest.mark.model
