@@ -198,7 +198,7 @@ def _load_pretrained(source: Path, dtype: DType) -> tuple[Any, Any]:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), **extra)
         model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=getattr(torch, dtype), **extra)
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+    except Exception as error:  # a damaged file makes its readers raise whatever they stumble over
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelFileError(f"{source}: transformers cannot load it ({reason})") from error
     return model, tokenizer
