@@ -19,14 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from persona_edge.cache import cache_folder, writing_to
-from persona_edge.collect import collect_damage, collect_margins, contrast_batches
+from persona_edge.collect import collect_damage, collect_margins
 from persona_edge.contrasts import CalibrationSet
 from persona_edge.encoding import EncodedText, batches, encode_chat, encode_contrast, encode_text
 from persona_edge.errors import CalibrationError
 from persona_edge.files import write_atomically
 from persona_edge.generate import answer
+from persona_edge.machine import release_freed_memory
 from persona_edge.masks import Granularity
 from persona_edge.modeling import LinearLayer, TorchModel
+from persona_edge.packed_pairs import contrast_batches
 from persona_edge.persona_sets import neutral_prompts, neutral_texts
 from persona_edge.statistics import Statistics, load_statistics, merge, save_statistics
 
@@ -194,6 +196,7 @@ class Calibrator:
         for i in range(done, len(sizes)):
             self.progress(label, sum(sizes[:i]), sum(sizes))
             part = one(i)
+            release_freed_memory()
             total = part if total is None else merge(total, part)
             if i + 1 < len(sizes) and time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
                 save_statistics(partial, total, key)

@@ -13,22 +13,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from persona_edge.encoding import Batch, EncodedText, pad
+from persona_edge.encoding import Batch
 from persona_edge.errors import CalibrationError
-from persona_edge.forward import scored_logits, scored_targets
+from persona_edge.forward import scored_logits
 from persona_edge.masks import Granularity
 from persona_edge.modeling import LinearLayer, TorchModel
+from persona_edge.packed_pairs import ContrastPair, pack_pairs, packed_logits
 from persona_edge.statistics import Statistics, merge
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ContrastPair", "collect_damage", "collect_margins", "contrast_batches"]
+__all__ = ["collect_damage", "collect_margins"]
 
-ContrastPair = tuple[EncodedText, EncodedText]
 ForwardConsumer = Callable[[LinearLayer, "torch.Tensor"], None]
 BackwardConsumer = Callable[[LinearLayer, "torch.Tensor", "torch.Tensor", "torch.Tensor"], None]
-DAMAGE_CHUNK_TOKENS = 128
+CHUNK_TOKENS = 128
+# The gates' own Fisher costs ten times the rest of a batch; a quarter of the tokens estimates it as well.
+GATE_TOKEN_STRIDE = 4
 
 
 class _Sums:
@@ -96,21 +98,6 @@ def _logits(model: TorchModel, batch: Batch) -> torch.Tensor:
     return scored_logits(model, batch, inputs_embeds=embeddings)
 
 
-def contrast_batches(pairs: Sequence[ContrastPair], *, max_tokens: int) -> list[list[ContrastPair]]:
-    """Pairs of similar length together, each batch at most `max_tokens` when padded (or one pair), in a fixed order."""
-
-    def length(pair: ContrastPair) -> int:
-        return max(len(text.tokens) for text in pair)
-
-    groups: list[list[ContrastPair]] = []
-    for pair in sorted(pairs, key=lambda pair: (-length(pair), pair[0].item)):
-        if groups and 2 * (len(groups[-1]) + 1) * length(groups[-1][0]) <= max_tokens:
-            groups[-1].append(pair)
-        else:
-            groups.append([pair])
-    return groups
-
-
 def collect_margins(
     model: TorchModel,
     layers: Sequence[LinearLayer],
@@ -122,19 +109,15 @@ def collect_margins(
 
     The margin of a contrast is the mean log-probability of the positive answer's tokens minus the negative's, in nats.
     """
-    if not pairs:
-        raise CalibrationError("no contrasts to calibrate on")
-    batch = pad([text for pair in pairs for text in pair], model.device)
-    sums = _Sums(layers)
     import torch
 
-    signs = torch.tensor([1.0, -1.0], device=batch.scored.device).repeat(len(pairs))
-    # A layer's output at position t predicts token t + 1, so what counts is shifted by one against the inputs.
-    responding = torch.nn.functional.pad(batch.scored, (0, 1)).bool()
+    batch = pack_pairs(pairs, model.device)
+    sums = _Sums(layers)
+    seen_by = {"positive": batch.is_positive, "negative": ~batch.is_positive}
 
     def channels(layer: LinearLayer, x: torch.Tensor) -> None:
-        for side, first in (("positive", 0), ("negative", 1)):
-            seen = x[first::2][responding[first::2]].float()
+        for side, chosen in seen_by.items():
+            seen = x[batch.rows[chosen], batch.positions[chosen]].float()
             sums.add(f"{side}_abs", layer.name, seen.abs().sum(0))
             sums.add(f"{side}_sum", layer.name, seen.sum(0))
             sums.add(f"{side}_square", layer.name, seen.square().sum(0))
@@ -146,14 +129,15 @@ def collect_margins(
         sums.add("gate_gradient_square", layer.name, gradient.square() / len(pairs))
 
     with _watching(layers, channels, gates):
-        log_p = _logits(model, batch).log_softmax(-1).gather(-1, scored_targets(batch)[:, None])[:, 0]
-        weights = signs[:, None] * batch.scored / batch.scored.sum(-1, keepdim=True)
-        (log_p * weights[batch.scored.bool()]).sum().backward()
+        embeddings = model.model.get_input_embeddings()(batch.tokens).requires_grad_(True)
+        logits = packed_logits(model, batch, embeddings)
+        log_p = logits.log_softmax(-1).gather(-1, batch.targets[:, None])[:, 0]
+        (log_p * torch.where(batch.is_positive, batch.shares, -batch.shares)).sum().backward()
     counts = {
         "contrasts": len(pairs),
         "batches": 1,
-        "positive_tokens": int(batch.scored[0::2].sum()),
-        "negative_tokens": int(batch.scored[1::2].sum()),
+        "positive_tokens": int(batch.is_positive.sum()),
+        "negative_tokens": int((~batch.is_positive).sum()),
     }
     return sums.finish("margin", counts)
 
@@ -190,7 +174,9 @@ def collect_damage(
         squares = gradients.float().square().sum(0)
         sums.add("output_gradient_square", layer.name, layer.to_gguf_rows(squares))
         if gate_fisher:
-            sums.add("gate_gradient_square", layer.name, layer.to_gguf_rows(_squared_gates(weight, inputs, gradients)))
+            some = slice(None, None, GATE_TOKEN_STRIDE)
+            squared = _squared_gates(weight, inputs[some], gradients[some]) * (len(inputs) / len(inputs[some]))
+            sums.add("gate_gradient_square", layer.name, layer.to_gguf_rows(squared))
 
     with _watching(layers, None, moments):
         logits = _logits(model, batch)
@@ -207,7 +193,7 @@ def _squared_gates(weight: torch.Tensor, x: torch.Tensor, delta: torch.Tensor) -
 
     weight = weight.unflatten(-1, (-1, 32)).permute(1, 2, 0)  # (n_groups, 32, n_rows)
     total = torch.zeros(weight.shape[0], weight.shape[2], dtype=torch.float32, device=weight.device)
-    for inputs, gradients in zip(x.split(DAMAGE_CHUNK_TOKENS), delta.split(DAMAGE_CHUNK_TOKENS), strict=True):
+    for inputs, gradients in zip(x.split(CHUNK_TOKENS), delta.split(CHUNK_TOKENS), strict=True):
         groups = inputs.unflatten(-1, (-1, 32)).transpose(0, 1)  # (n_groups, n_tokens, 32)
         total += (torch.bmm(groups, weight) * gradients).square().sum(1, dtype=torch.float32)
     return total.T

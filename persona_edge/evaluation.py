@@ -7,17 +7,17 @@ answer's tokens and as their mean (length-normalised).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from persona_edge.collect import ContrastPair
 from persona_edge.encoding import Batch, EncodedText, batches
 from persona_edge.errors import CalibrationError
 from persona_edge.forward import scored_logits, scored_targets
 from persona_edge.modeling import TorchModel
+from persona_edge.packed_pairs import ContrastPair, contrast_batches, pack_pairs, packed_logits
 
 if TYPE_CHECKING:
     import torch
@@ -60,13 +60,18 @@ def score_answers(model: TorchModel, pairs: Sequence[ContrastPair], *, max_token
     """Log-probabilities of the answers, in the order of `pairs`."""
     if not pairs:
         raise CalibrationError("no contrasts to evaluate on")
-    flat = [EncodedText(t.tokens, t.n_scored, i) for i, t in enumerate(text for pair in pairs for text in pair)]
-    totals = np.zeros(len(flat))
-    for batch in batches(flat, max_tokens=max_tokens, device=model.device):
-        sums = (_next_log_probabilities(model, batch) * batch.scored).sum(-1)
-        totals[list(batch.items)] = sums.double().cpu().numpy()
-    lengths = np.array([text.n_scored for text in flat], dtype=np.int64)
-    return AnswerScores(totals[0::2], totals[1::2], lengths[0::2], lengths[1::2])
+    import torch
+
+    sums = np.zeros((2, len(pairs)))
+    numbered = [(replace(positive, item=i), replace(negative, item=i)) for i, (positive, negative) in enumerate(pairs)]
+    for group in contrast_batches(numbered, max_tokens=max_tokens):
+        batch = pack_pairs(group, model.device)
+        with torch.no_grad():
+            log_p = packed_logits(model, batch).log_softmax(-1).gather(-1, batch.targets[:, None])[:, 0]
+        items = np.array([positive.item for positive, _ in group])[batch.rows.cpu().numpy()]
+        np.add.at(sums, ((~batch.is_positive).long().cpu().numpy(), items), log_p.double().cpu().numpy())
+    lengths = np.array([[text.n_scored for text in pair] for pair in pairs], dtype=np.int64)
+    return AnswerScores(sums[0], sums[1], lengths[:, 0], lengths[:, 1])
 
 
 def summarize(scores: AnswerScores) -> MarginResult:
