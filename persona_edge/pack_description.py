@@ -1,7 +1,7 @@
 """What a mask pack holds, as JSON types and as tables for people.
 
-A pack may come from any tool: only its planes are certain. The quality report is free-form, so whatever of it is missing
-or has another shape than `persona_edge.build` gives it is left out of the tables, and shown as it is in the JSON.
+A pack may come from any tool: only its planes are certain. The quality report is free-form, so whatever of it is
+missing or has another shape than `persona_edge.build` gives it is left out of the tables, and is as it is in the JSON.
 """
 
 from __future__ import annotations
@@ -166,11 +166,10 @@ def _report_lines(report: Mapping[str, Any]) -> list[str]:
 def _size_lines(pack: MaskPack, summary: PackSummary) -> list[str]:
     planes = sum(plane.n_bytes for plane in summary.planes)
     bound = sum(plane.entropy_bound_bytes for plane in summary.planes)
-    over = f", {planes / bound - 1:+.1%} of their entropy bound" if bound > 0 else ""
     front = pack.n_bytes - summary.n_sketch_bytes - planes
     return [
         f"sizes: header {bytes_text(front)}, sign sketch {bytes_text(summary.n_sketch_bytes)}, "
-        f"{len(summary.planes)} planes {bytes_text(planes)}{over}"
+        f"{len(summary.planes)} planes {bytes_text(planes)} (entropy bound {bytes_text(bound)})"
     ]
 
 

@@ -1,7 +1,7 @@
 """Where in a model a mask lies: a grid with one row per block and one column per kind of tensor.
 
-Each cell is the share of the tensor's weights that a persona gates, drawn as a bar or written as a number. Drawing needs
-no colour; where the terminal's encoding has no block characters, bars are made of `#`.
+Each cell is the share of the tensor's weights that a persona gates, drawn as a bar or written as a number. Drawing
+needs no colour; where the terminal's encoding has no block characters, bars are made of `#`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def gated_shares(tensors: Iterable[TensorShape], poles: Iterable[Pole]) -> dict[
 
 
 def layer_grid(shares: Mapping[str, float], tensors: Sequence[TensorShape]) -> LayerGrid:
-    """Sort `shares`, by tensor name, into blocks and kinds; what is not named `blk.<number>.<kind>` goes to `others`."""
+    """Sort `shares`, by tensor name, into blocks and kinds; names other than `blk.<number>.<kind>` go to `others`."""
     cells: dict[tuple[int, str], float] = {}
     others: dict[str, float] = {}
     sizes: dict[str, list[tuple[float, int]]] = {}

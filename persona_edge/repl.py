@@ -87,10 +87,15 @@ class Repl:
             self.compare(question, self._compare)
             return
         self._count(question)
-        self._stream(question, remember=True)
+        self._stream(question, self._turns, remember=True)
 
     def compare(self, question: str, speakers: Sequence[Speaker]) -> None:
-        """Answer `question`, after the conversation so far, as each of `speakers`; then all is as it was before."""
+        """Answer `question` as each of `speakers`; then all is as it was before.
+
+        It is asked after the conversation so far; the question asked last, where it stood in the conversation.
+        """
+        asked_last = len(self._turns) > 1 and self._turns[-2]["content"] == question
+        earlier = self._turns[:-2] if asked_last else self._turns
         self._count(question)
         before = self._runtime.persona, self._runtime.strength
         switches: list[Switch] = []
@@ -98,7 +103,7 @@ class Repl:
         try:
             for speaker in speakers:
                 switches.append(self.switch(speaker))
-                self._stream(question, remember=False)
+                self._stream(question, earlier, remember=False)
                 switches[-1] = self._switch or switches[-1]  # now with its time to the first token
         finally:
             switches.append(self.switch(*before))
@@ -193,9 +198,9 @@ class Repl:
         self._question = question
         self._n_questions += 1
 
-    def _stream(self, question: str, *, remember: bool) -> None:
+    def _stream(self, question: str, earlier: list[Message], *, remember: bool) -> None:
         """One answer, piece by piece; what there is of it is kept and shown, also when it is stopped."""
-        pieces, turns = self._start(question)
+        pieces, turns = self._start(question, earlier)
         self._output.answer_begins(self._runtime.persona, self._runtime.strength)
         trimmed, completion = _Trimmed(), None
         try:
@@ -207,12 +212,12 @@ class Repl:
                 self._turns = [*turns, _message("user", question), _message("assistant", trimmed.text)]
             self._output.answer_ends(self._answer)
 
-    def _start(self, question: str) -> tuple[Pieces, list[Message]]:
-        """The answer's pieces, and the turns before it that fit into the context: the oldest are dropped if need be."""
+    def _start(self, question: str, earlier: list[Message]) -> tuple[Pieces, list[Message]]:
+        """The answer's pieces, and those of the `earlier` turns that the context has room for: the oldest go first."""
         system = [] if self._system is None else [_message("system", self._system)]
         errors: list[InputError] = []
-        for n_dropped in range(0, len(self._turns) + 1, 2):
-            turns = self._turns[n_dropped:]
+        for n_dropped in range(0, len(earlier) + 1, 2):
+            turns = earlier[n_dropped:]
             try:
                 pieces = self._runtime.stream_chat([*system, *turns, _message("user", question)], self._options)
             except InputError as error:  # too long; or messages that no number of turns would make acceptable
@@ -220,7 +225,7 @@ class Repl:
                 continue
             if n_dropped:
                 self._output.note(
-                    f"the context is full: dropped the {n_dropped // 2} oldest questions with their answers"
+                    f"the context is full: forgot the oldest {n_dropped // 2} of {len(earlier) // 2} turns"
                 )
             return cast(Pieces, pieces), turns
         raise errors[0]

@@ -28,18 +28,18 @@ HELP = """\
 /strength 0.6        how strongly personas act: 0 is base, 1 the whole persona
 /base                go back to the unmodified model
 /compare [A B ...:] [QUESTION]
-                     ask a question of several, one after another: by default the
-                     last question, of base and the active persona
+                     ask a question of several, one after another; by default
+                     the last question, of base and the active persona
 /stats               the last switch, speed, and how full the context is
-/system TEXT         set the system prompt; without text, show it; `-` removes it
+/system TEXT         set the system prompt; without text, show it; - removes it
 /reset               forget the conversation
 /help                this list
 /quit                leave; so do Ctrl-D and, at the prompt, Ctrl-C
 //text               send a line that begins with a slash
 
-Ctrl-C during an answer stops the answer. A switch edits the weights in place and
-keeps the conversation's text; the new persona reads it anew before it answers
-(its KV cache is rebuilt), which is where the time to the first token goes."""
+Ctrl-C during an answer stops the answer. A switch edits the weights in place
+and keeps the conversation's text; the new persona reads it anew before it
+answers (the KV cache is rebuilt): that is what the first token waits for."""
 
 
 def completions(before: str, word: str, commands: Iterable[str], names: Iterable[str]) -> list[str]:
@@ -130,7 +130,7 @@ def tokens_per_second(completion: Completion) -> float | None:
 
 
 def _leading_names(text: str, names: Sequence[str]) -> tuple[list[str], str]:
-    """The names that `text` begins with, spelled as in `names`, and the rest of it."""
+    """The names that `text` begins with, as they are typed there, and the rest of it."""
     alternatives = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
     pattern = re.compile(rf"({alternatives})(?=[\s,:]|$)\s*(,?)\s*", re.IGNORECASE)
     found: list[str] = []

@@ -56,7 +56,8 @@ def _use_readline(repl: Repl) -> bool:
     def complete(word: str, index: int) -> str | None:
         before = readline.get_line_buffer()[: readline.get_begidx()]
         found = repl.complete(before, word)
-        return found[index] if index < len(found) else None
+        space = " " if len(found) == 1 else ""
+        return found[index] + space if index < len(found) else None
 
     readline.set_completer(complete)
     readline.set_completer_delims(" ,\t\n")

@@ -59,20 +59,20 @@ def display_width(text: str) -> int:
 
 
 def duration_text(seconds: float) -> str:
-    """Three digits and the unit that fits: `412 µs`, `1.35 ms`, `2.1 s`."""
+    """Three digits and the unit that fits: `412 µs`, `1.35 ms`, `2.10 s`."""
     if seconds < 0.9995e-3:
         return f"{seconds * 1e6:.0f} µs"
-    if seconds < 0.9995:
-        return f"{seconds * 1e3:.3g} ms"
-    return f"{seconds:.1f} s"
+    return f"{_three_digits(seconds * 1e3)} ms" if seconds < 0.9995 else f"{_three_digits(seconds)} s"
 
 
 def bytes_text(n_bytes: float) -> str:
     """`n_bytes` in decimal units with three digits: `812 B`, `23.4 kB`, `1.25 MB`."""
-    for limit, factor, unit in ((999.5, 1, "B"), (999.5e3, 1e3, "kB"), (999.5e6, 1e6, "MB")):
+    if n_bytes < 999.5:
+        return f"{n_bytes:.0f} B"
+    for limit, factor, unit in ((999.5e3, 1e3, "kB"), (999.5e6, 1e6, "MB")):
         if n_bytes < limit:
-            return f"{n_bytes / factor:.3g} {unit}"
-    return f"{n_bytes / 1e9:.3g} GB"
+            return f"{_three_digits(n_bytes / factor)} {unit}"
+    return f"{_three_digits(n_bytes / 1e9)} GB"
 
 
 class WordWrap:
@@ -136,6 +136,10 @@ class WordWrap:
             out += character
             self._column += width
         return out
+
+
+def _three_digits(number: float) -> str:
+    return f"{number:.{2 if number < 9.995 else 1 if number < 99.95 else 0}f}"
 
 
 def _character_width(character: str) -> int:
