@@ -26,7 +26,7 @@ from persona_edge.sketch import sample_signs
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DType", "LinearLayer", "TorchModel", "load_torch_model", "require_offline"]
+__all__ = ["DType", "LinearLayer", "TorchModel", "load_torch_model", "require_offline", "text_config"]
 
 DType = Literal["auto", "float32", "bfloat16"]
 
@@ -183,7 +183,7 @@ def load_torch_model(
         start_streaming(model, device)
     else:
         model.to(device)
-    return TorchModel(name, architecture, model, tokenizer, layers, int(_text_config(model.config).num_hidden_layers))
+    return TorchModel(name, architecture, model, tokenizer, layers, int(text_config(model.config).num_hidden_layers))
 
 
 def _load_pretrained(source: Path, dtype: DType) -> tuple[Any, Any]:
@@ -204,12 +204,13 @@ def _load_pretrained(source: Path, dtype: DType) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _text_config(config: Any) -> Any:
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+def text_config(config: Any) -> Any:
+    """The language model's part of a Hugging Face config, which may have one for images too."""
+    return config.gettext_config() if hasattr(config, "gettext_config") else config
 
 
 def _architecture(config: Any) -> str:
-    model_type = str(_text_config(config).model_type)
+    model_type = str(text_config(config).model_type)
     if model_type not in ARCHITECTURES:
         raise UnsupportedModelError(
             f"architecture {model_type!r} has no known mapping to GGUF; supported: {', '.join(sorted(ARCHITECTURES))}"
@@ -222,7 +223,7 @@ def _named_layers(model: Any, architecture: str) -> tuple[LinearLayer, ...]:
     import gguf
     import torch
 
-    config = _text_config(model.config)
+    config = text_config(model.config)
     number = {text: value for value, text in gguf.MODEL_ARCH_NAMES.items()}[architecture]
     names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
     layers = []

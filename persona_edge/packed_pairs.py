@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from persona_edge.encoding import EncodedText
 from persona_edge.errors import CalibrationError
-from persona_edge.modeling import TorchModel
+from persona_edge.modeling import TorchModel, text_config
 
 if TYPE_CHECKING:
     import torch
@@ -104,12 +104,35 @@ def packed_logits(model: TorchModel, batch: PackedPairs, inputs_embeds: torch.Te
     import torch
 
     columns, column_of = torch.unique(batch.positions, return_inverse=True)
-    dtype = model.layers[0].module.weight.dtype
-    hidden = torch.zeros(batch.visible.shape, dtype=dtype, device=batch.visible.device)
-    hidden.masked_fill_(~batch.visible, torch.finfo(dtype).min)
     inputs = {"input_ids": batch.tokens} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
     output = model.model(
-        **inputs, attention_mask=hidden, position_ids=batch.position_ids, use_cache=False, logits_to_keep=columns
+        **inputs,
+        attention_mask=_attention_masks(model, batch),
+        position_ids=batch.position_ids,
+        use_cache=False,
+        logits_to_keep=columns,
     )
     logits: torch.Tensor = output.logits[batch.rows, column_of].float()
     return logits
+
+
+def _attention_masks(model: TorchModel, batch: PackedPairs) -> torch.Tensor | dict[str, torch.Tensor]:
+    """What is added to attention scores; by kind of layer for a model of which some see only a sliding window.
+
+    transformers takes a mask of four dimensions as it comes, so that the window has to be in it.
+    """
+    import torch
+
+    dtype = model.layers[0].module.weight.dtype
+
+    def additive(visible: torch.Tensor) -> torch.Tensor:
+        zeros = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+        return zeros.masked_fill_(~visible, torch.finfo(dtype).min)
+
+    config = text_config(model.model.config)
+    kinds, window = set(getattr(config, "layer_types", None) or ()), getattr(config, "sliding_window", None)
+    if window is None or kinds == {"full_attention"}:
+        return additive(batch.visible)
+    distance = batch.position_ids[:, None, :, None] - batch.position_ids[:, None, None, :]
+    sliding = additive(batch.visible & (distance < window))
+    return {"full_attention": additive(batch.visible), "sliding_attention": sliding} if kinds else sliding
