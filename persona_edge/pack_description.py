@@ -167,10 +167,14 @@ def _size_lines(pack: MaskPack, summary: PackSummary) -> list[str]:
     planes = sum(plane.n_bytes for plane in summary.planes)
     bound = sum(plane.entropy_bound_bytes for plane in summary.planes)
     front = pack.n_bytes - summary.n_sketch_bytes - planes
-    return [
-        f"sizes: header {bytes_text(front)}, sign sketch {bytes_text(summary.n_sketch_bytes)}, "
-        f"{len(summary.planes)} planes {bytes_text(planes)} (entropy bound {bytes_text(bound)})"
-    ]
+    return _table(
+        [
+            ("header", bytes_text(front)),
+            ("sign sketch", bytes_text(summary.n_sketch_bytes)),
+            (f"{len(summary.planes)} planes", f"{bytes_text(planes)} (entropy bound {bytes_text(bound)})"),
+        ],
+        right=False,
+    )
 
 
 def _toward(report: Mapping[str, Any], pole: str, which: str) -> float | None:

@@ -455,7 +455,8 @@ def test_a_whole_chat_on_the_real_model(terminal: Callable[..., Terminal], smoll
     chat = terminal("--model", str(model), "--persona", "infp", "--threads", "1", "--temperature", "0")
     assert "smollm2.gguf with 2 personas" in chat.wait_for("INFP> ")
     chat.type("Write a very long story about a lighthouse.\n")
-    chat.wait_for(r"\w+ \w+ \w+ \w+ \w+ ")
+    chat.wait_for("lighthouse.\n")  # the line that was typed
+    chat.wait_for(r"\w+ \w+ ")
     chat.interrupt()
     assert "stopped" in chat.wait_for("INFP> ")
     chat.type("/persona ENTJ\n")
