@@ -47,7 +47,6 @@ SENTENCES: Final = (
 _CONFIG: Final[dict[str, Any]] = {
     "hidden_size": HIDDEN,
     "intermediate_size": FEED_FORWARD,
-    "num_hidden_layers": N_BLOCKS,
     "num_attention_heads": HEADS,
     "num_key_value_heads": KEY_VALUE_HEADS,
     "head_dim": HEAD_SIZE,
@@ -92,9 +91,12 @@ def tokenizer() -> Any:
     )
 
 
-def save_folder(folder: Path, architecture: str = "llama", *, seed: int = 0) -> Path:
+def save_folder(folder: Path, architecture: str = "llama", *, seed: int = 0, n_blocks: int = N_BLOCKS) -> Path:
     """A Hugging Face folder with random weights (biases and norms too, where the architecture has them)."""
-    config = transformers.AutoConfig.for_model(architecture, vocab_size=len(tokenizer()), **_CONFIG)
+    vocab_size = len(tokenizer())
+    config = transformers.AutoConfig.for_model(
+        architecture, vocab_size=vocab_size, num_hidden_layers=n_blocks, **_CONFIG
+    )
     if architecture == "gemma3_text":
         config.sliding_window, config.query_pre_attn_scalar = 8, HEAD_SIZE
     with torch.random.fork_rng():
