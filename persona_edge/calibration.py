@@ -50,7 +50,7 @@ class CalibrationSettings:
     """What besides model and data the statistics depend on.
 
     `max_batch_tokens` bounds a padded batch, and with it memory. Neutral texts are cut to `neutral_tokens`, answers to
-    `answer_tokens`. `held_out` is the share of neutral data, and of each axis's contrasts, kept for measuring.
+    `answer_tokens`. `held_out` is the share of neutral data kept for measuring.
     """
 
     max_batch_tokens: int = 1024
