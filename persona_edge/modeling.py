@@ -9,7 +9,10 @@ Leaves to others: running the model (collect.py, evaluation.py) and editing it (
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,6 +171,9 @@ def load_torch_model(
     UnsupportedModelError when its layers have no GGUF names.
     """
     require_offline()
+    # OpenMP's threads otherwise spin while they wait, which on a machine that is also busy elsewhere costs a factor of
+    # ten; read when torch is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
     # Gradients of far-away tokens are denormal numbers, which cost a CPU a hundred cycles each: 3x on a whole pass.
@@ -196,8 +202,9 @@ def _load_pretrained(source: Path, dtype: DType) -> tuple[Any, Any]:
     folder, file = (source.parent, source.name) if source.is_file() else (source, None)
     extra: dict[str, Any] = {} if file is None else {"gguf_file": file}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), **extra)
-        model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=getattr(torch, dtype), **extra)
+        with contextlib.redirect_stderr(io.StringIO()):  # its GGUF reader draws a progress bar that cannot be turned off
+            tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), **extra)
+            model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=getattr(torch, dtype), **extra)
     except Exception as error:  # a damaged file makes its readers raise whatever they stumble over
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelFileError(f"{source}: transformers cannot load it ({reason})") from error
@@ -206,7 +213,7 @@ def _load_pretrained(source: Path, dtype: DType) -> tuple[Any, Any]:
 
 def text_config(config: Any) -> Any:
     """The language model's part of a Hugging Face config, which may have one for images too."""
-    return config.gettext_config() if hasattr(config, "gettext_config") else config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _architecture(config: Any) -> str:
