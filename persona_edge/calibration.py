@@ -35,7 +35,7 @@ from persona_edge.statistics import Statistics, load_statistics, merge, save_sta
 __all__ = ["CalibrationSettings", "Calibrator", "DamageStatistics", "NeutralData", "Progress", "silent"]
 
 # Raised whenever the same data and settings would give other sums.
-FORMULA_VERSION = 2
+FORMULA_VERSION = 3
 SECONDS_BETWEEN_CHECKPOINTS = 20.0
 
 Progress = Callable[[str, int, int], None]

@@ -76,7 +76,12 @@ def save_statistics(path: Path, statistics: Statistics, key: Mapping[str, object
     """Write to a safetensors file, whole or not at all. `key` says what they were computed from."""
     from safetensors.numpy import save
 
-    flat = {f"{name}|{tensor}": values for name, t in statistics.sums.items() for tensor, values in t.items()}
+    # safetensors writes an array's memory as it lies, so a transposed one would come back scrambled.
+    flat = {
+        f"{name}|{tensor}": np.ascontiguousarray(values)
+        for name, tensors in statistics.sums.items()
+        for tensor, values in tensors.items()
+    }
     metadata = {
         "kind": statistics.kind,
         "counts": json.dumps(dict(statistics.counts)),

@@ -77,6 +77,14 @@ def test_saved_statistics_come_back_bit_for_bit(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 
+def test_an_array_in_column_order_comes_back_as_it_was(tmp_path: Path) -> None:
+    path, values = tmp_path / "a.safetensors", np.arange(6, dtype=np.float32).reshape(2, 3)
+    save_statistics(path, Statistics("damage", {"tokens": 1}, {"field": {"a": np.asfortranarray(values)}}), KEY)
+    loaded = load_statistics(path, KEY)
+    assert loaded is not None
+    np.testing.assert_array_equal(loaded.sums["field"]["a"], values)
+
+
 def test_another_key_a_missing_and_a_damaged_file_are_all_nothing(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     assert load_statistics(path, KEY) is None
