@@ -15,13 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from persona_edge.errors import MissingDependencyError, ModelFileError, OutputError, UnsupportedModelError
-from persona_edge.maskpack import PackSummary, write_pack
+from persona_edge.maskpack import PACK_SUFFIX, PackSummary, write_pack
 from persona_edge.masks import PersonaSet, Positions, TensorShape
 from persona_edge.sketch import SketchResult, check_identity
 
 __all__ = ["GgufFile", "check_gguf", "export_gguf", "pack_path", "read_gguf", "require_writable"]
-
-PACK_SUFFIX = ".maskpack"
 
 
 @dataclass(frozen=True)

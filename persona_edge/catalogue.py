@@ -22,7 +22,8 @@ from typing import Literal
 from persona_edge.cache import cache_folder
 from persona_edge.catalogue_entries import DEFAULT_MODEL, CatalogueEntry, load_catalogue
 from persona_edge.downloads import Progress, silent
-from persona_edge.errors import ModelError, ModelFileError, ModelNotFoundError
+from persona_edge.errors import ModelError, ModelNotFoundError
+from persona_edge.gguf_magic import check_is_gguf
 from persona_edge.sources import locate, pull
 
 __all__ = [
@@ -85,7 +86,8 @@ def resolve_model(
     if text and path.is_dir():
         return ResolvedModel(path.resolve().name, None, _checked_folder(path), None, None)
     if text and path.exists():
-        return ResolvedModel(path.stem, _checked_gguf(path), None, None, None)
+        check_is_gguf(path)
+        return ResolvedModel(path.stem, path, None, None, None)
     if _HUB_ID.fullmatch(text) and not text.endswith(".gguf"):
         return ResolvedModel(text.partition("/")[2], None, None, text, None)
     raise _not_found(text)
@@ -103,7 +105,8 @@ def _resolve_gguf(entry: CatalogueEntry, fetch: bool, progress: Progress) -> Res
     path = pull(entry, progress) if fetch else locate(entry)
     if path is None:
         raise ModelNotFoundError(f"{entry.name} is not on this machine; run persona-edge models pull {entry.name}")
-    return ResolvedModel(entry.name, _checked_gguf(path), None, None, entry)
+    check_is_gguf(path)
+    return ResolvedModel(entry.name, path, None, None, entry)
 
 
 def _resolve_original(entry: CatalogueEntry) -> ResolvedModel:
@@ -117,17 +120,6 @@ def _resolve_original(entry: CatalogueEntry) -> ResolvedModel:
     raise ModelNotFoundError(
         f"{entry.name}: the catalogue knows no original weights; pass a Hugging Face folder or a hub id"
     )
-
-
-def _checked_gguf(path: Path) -> Path:
-    try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-    except OSError as error:
-        raise ModelFileError(f"{path}: cannot be read: {error.strerror or error}") from error
-    if magic != b"GGUF":
-        raise ModelFileError(f"{path}: not a GGUF file (it starts with {magic!r}); download or convert it again")
-    return path
 
 
 def _checked_folder(path: Path) -> Path:

@@ -8,16 +8,15 @@ with a note as long as another one serves.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from persona_edge.errors import InputError, PackError, PersonaNotFoundError
-from persona_edge.maskpack import MaskPack
+from persona_edge.maskpack import PACK_SUFFIX, MaskPack
+from persona_edge.masks import match_name
 
-__all__ = ["FoundPack", "export_command", "find_pack", "match_name", "missing_personas", "open_pack", "packs_beside"]
-
-PACK_SUFFIX = ".maskpack"
+__all__ = ["FoundPack", "export_command", "find_pack", "missing_personas", "open_pack", "packs_beside"]
 
 
 @dataclass(frozen=True)
@@ -76,15 +75,6 @@ def find_pack(model: Path, wanted: Sequence[str], model_argument: str) -> FoundP
 def export_command(model_argument: str, persona: str | None = None) -> str:
     """The command that makes a pack with `persona`: of a set that ships, otherwise of a file of the user's own."""
     return f"persona-edge export --model {shlex.quote(model_argument)} --personas {_set_with(persona)}"
-
-
-def match_name(wanted: str, names: Iterable[str]) -> str | None:
-    """The one of `names` that is `wanted`, or is it but for letter case; None when there is none, or several."""
-    known = list(names)
-    folded = [name for name in known if name.casefold() == wanted.casefold()]
-    if wanted in known:
-        return wanted
-    return folded[0] if len(folded) == 1 else None
 
 
 def missing_personas(pack: MaskPack, wanted: Sequence[str]) -> list[str]:

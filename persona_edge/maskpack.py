@@ -17,7 +17,7 @@ from typing import Any
 from persona_edge.bits import entropy_bits
 from persona_edge.errors import PersonaNotFoundError
 from persona_edge.files import write_atomically
-from persona_edge.masks import ModelIdentity, PersonaSet, Plane, Pole
+from persona_edge.masks import ModelIdentity, PersonaSet, Plane, Pole, match_name
 from persona_edge.pack_errors import (
     PackHeaderMalformedError,
     PackSectionTableError,
@@ -42,6 +42,7 @@ from persona_edge.pack_sections import decode_identity, decode_plane, encode_pla
 from persona_edge.tensor_runs import compress_tensors
 
 __all__ = [
+    "PACK_SUFFIX",
     "PREAMBLE_SIZE",
     "MaskPack",
     "PackSummary",
@@ -55,6 +56,7 @@ __all__ = [
     "write_pack",
 ]
 
+PACK_SUFFIX = ".maskpack"
 ReadRange = Callable[[int, int], bytes]  # (offset, length) in bytes from the start of the pack
 Section = tuple[str, str, bytes]  # kind, name, data
 
@@ -303,10 +305,10 @@ def _plain(value: object) -> object:
 
 def _persona_name(header: Header, wanted: str) -> str:
     """The persona's name as the pack spells it: letter case may differ where that is unambiguous."""
-    folded = [name for name in header.personas if name.casefold() == wanted.casefold()]
-    if wanted in header.personas or len(folded) == 1:
-        return wanted if wanted in header.personas else folded[0]
-    raise PersonaNotFoundError(f"no persona {short(wanted)}; this pack has {', '.join(header.personas)}")
+    name = match_name(wanted, header.personas)
+    if name is None:
+        raise PersonaNotFoundError(f"no persona {short(wanted)}; this pack has {', '.join(header.personas)}")
+    return name
 
 
 def _sections_of(header: Header, persona: str) -> list[SectionInfo]:

@@ -16,7 +16,17 @@ from numpy.typing import NDArray
 
 from persona_edge.errors import InputError, PersonaNotFoundError
 
-__all__ = ["GROUP_SIZE", "Granularity", "ModelIdentity", "PersonaSet", "Plane", "Pole", "SignSample", "TensorShape"]
+__all__ = [
+    "GROUP_SIZE",
+    "Granularity",
+    "ModelIdentity",
+    "PersonaSet",
+    "Plane",
+    "Pole",
+    "SignSample",
+    "TensorShape",
+    "match_name",
+]
 
 GROUP_SIZE = 32
 Granularity = Literal[1, 32]
@@ -117,18 +127,23 @@ class PersonaSet:
                 return pole
         raise PersonaNotFoundError(f"no pole {name!r}; this pack has {_listed(p.name for p in self.poles)}")
 
-    def resolve(self, persona: str) -> tuple[Pole, ...]:
-        """The poles that `persona` is composed of, in order. Case-insensitive when that is unambiguous.
+    def name_of(self, persona: str) -> str:
+        """`persona` as this set spells it: letter case may differ where that is unambiguous.
 
         Raises PersonaNotFoundError that lists the personas there are.
         """
-        name = _match(persona, self.personas)
+        name = match_name(persona, self.personas)
         if name is None:
             raise PersonaNotFoundError(f"no persona {persona!r}; this pack has {_listed(self.personas)}")
-        return tuple(self.pole(pole) for pole in self.personas[name])
+        return name
+
+    def resolve(self, persona: str) -> tuple[Pole, ...]:
+        """The poles that `persona` is composed of, in order. Found, or not, as `name_of` says."""
+        return tuple(self.pole(pole) for pole in self.personas[self.name_of(persona)])
 
 
-def _match(wanted: str, names: Iterable[str]) -> str | None:
+def match_name(wanted: str, names: Iterable[str]) -> str | None:
+    """The one of `names` that is `wanted`, or is it but for letter case; None when there is none, or several."""
     known = list(names)
     if wanted in known:
         return wanted

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from persona_edge.errors import InputError, PersonaNotFoundError
-from persona_edge.find_packs import match_name
 from persona_edge.maskpack import MaskPack
-from persona_edge.masks import GROUP_SIZE, Pole, Positions, TensorShape
+from persona_edge.masks import GROUP_SIZE, Pole, Positions, TensorShape, match_name
 from persona_edge.terminal_text import display_width, printable
 
 __all__ = ["LayerGrid", "draw_bars", "gated_shares", "layer_grid", "picture_lines", "write_numbers"]

@@ -51,7 +51,7 @@ def tensor_damage(
 ) -> dict[str, Floats]:
     """Damage of closing each gate, nats per token, (n_rows, n_units) per tensor: K-FAC of the worse of web and chat.
 
-    For groups the gates' own Fisher, again the larger of both, is added where it was gathered (DESIGN 4.2).
+    For groups the gates' own Fisher, again the larger of both, is added where it was gathered (docs/method.md).
     """
     both = (statistics.web, statistics.chat)
     inputs = [s.mean("input_square", "tokens") for s in both]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
-from typing import cast
 
 from persona_edge.chat_values import BASE, Answer, ChatOutput, ChatSettings, Speaker, Switch, speaker_name
 from persona_edge.errors import InputError, PersonaEdgeError
@@ -227,7 +226,7 @@ class Repl:
                 self._output.note(
                     f"the context is full: forgot the oldest {n_dropped // 2} of {len(earlier) // 2} turns"
                 )
-            return cast(Pieces, pieces), turns
+            return pieces, turns
         raise errors[0]
 
     @property
@@ -243,7 +242,8 @@ class Repl:
             try:
                 piece = trimmed.push(next(pieces))
             except StopIteration as end:
-                return cast(Completion, end.value)
+                whole: Completion = end.value
+                return whole
             if piece:
                 self._output.answer_piece(piece)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from persona_edge.chat_values import BASE, Answer, Speaker, Switch, speaker_name
 from persona_edge.errors import PersonaNotFoundError
-from persona_edge.find_packs import match_name
+from persona_edge.masks import match_name
 from persona_edge.runtime.values import Completion
 from persona_edge.terminal_text import bytes_text, display_width, duration_text
 

@@ -20,7 +20,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from persona_edge.errors import ModelError, ModelFileError, ModelNotFoundError, UnsupportedModelError, WeightAccessError
+from persona_edge.errors import ModelError, ModelFileError, UnsupportedModelError, WeightAccessError
+from persona_edge.gguf_magic import check_is_gguf
 from persona_edge.runtime.llama_library import GgmlTensor, GgufInitParams, LlamaLibrary, load_library
 from persona_edge.runtime.switcher import WeightTensor
 
@@ -42,7 +43,7 @@ class LlamaModel:
         MissingDependencyError.
         """
         self.path = Path(path)
-        _check_is_gguf(self.path)
+        check_is_gguf(self.path)
         self.library: LlamaLibrary = load_library()
         parts = _split_parts(self.library, self.path)
         self.file_tensor_names = tuple(name for part in parts for name in _tensor_names(self.library, part))
@@ -101,21 +102,6 @@ def weights_digest(tensors: Iterable[WeightTensor]) -> str:
     return digest.hexdigest()
 
 
-def _check_is_gguf(path: Path) -> None:
-    if path.is_dir():
-        raise ModelFileError(f"{path} is a folder; give the path of a .gguf file in it")
-    if not path.exists():
-        raise ModelNotFoundError(f"no model file at {path}; check the path")
-    try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-    except OSError as error:
-        raise ModelFileError(f"{path} cannot be read: {error.strerror}") from None
-    if magic != b"GGUF":
-        found = f"begins with {magic!r}" if magic else "is empty"
-        raise ModelFileError(f"{path} is not a GGUF model: it {found}; download it again or give another file")
-
-
 def _split_parts(library: LlamaLibrary, path: Path) -> list[Path]:
     """The files of a model, by llama.cpp's rule: `name-00001-of-00003.gguf` and so on, loaded by naming the first."""
     stem, _, count = path.stem.rpartition("-of-")
@@ -129,7 +115,7 @@ def _split_parts(library: LlamaLibrary, path: Path) -> list[Path]:
     for index in range(int(count)):
         library.api.llama_split_path(buffer, len(buffer), os.fsencode(path.with_name(prefix)), index, int(count))
         parts.append(Path(os.fsdecode(buffer.value)))
-        _check_is_gguf(parts[-1])
+        check_is_gguf(parts[-1])
     return parts
 
 

@@ -13,7 +13,7 @@ the KV cache, and the next generation evaluates its prompt again.
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import lru_cache
@@ -162,7 +162,7 @@ class PersonaRuntime:
         """Continue `prompt` as plain text. Raises InputError when it is empty or longer than the context."""
         return _run_to_end(self._start(self.tokenize(prompt), options))
 
-    def stream(self, prompt: str, options: SamplingOptions = _DEFAULT_OPTIONS) -> Iterator[str]:
+    def stream(self, prompt: str, options: SamplingOptions = _DEFAULT_OPTIONS) -> Generator[str, None, Completion]:
         """Like `generate`, piece by piece as tokens come. It may be closed, or left, at any point."""
         return self._start(self.tokenize(prompt), options)
 
@@ -170,7 +170,9 @@ class PersonaRuntime:
         """Answer a conversation, by the model's own chat template. InputError for messages that it does not accept."""
         return _run_to_end(self._start(*self._rendered(messages, options)))
 
-    def stream_chat(self, messages: Sequence[Message], options: SamplingOptions = _DEFAULT_OPTIONS) -> Iterator[str]:
+    def stream_chat(
+        self, messages: Sequence[Message], options: SamplingOptions = _DEFAULT_OPTIONS
+    ) -> Generator[str, None, Completion]:
         """Like `chat`, piece by piece as tokens come."""
         return self._start(*self._rendered(messages, options))
 
@@ -279,10 +281,7 @@ class _Attached:
 
     def name_of(self, persona: str) -> str:
         """`persona` as the pack spells it; PersonaNotFoundError when it has none."""
-        self._outline.resolve(persona)
-        if persona in self.pack.personas:
-            return persona
-        return next(name for name in self.pack.personas if name.casefold() == persona.casefold())
+        return self._outline.name_of(persona)
 
     def check(self, program: PersonaProgram | None) -> None:
         """Raise what would keep `program` from being written."""

@@ -210,7 +210,11 @@ def test_packs_beside_are_those_of_this_model_newest_first(tmp_path: Path) -> No
 def several(tmp_path: Path) -> Path:
     """A model with three packs: old and new hold INFP, the newest holds only XYZ."""
     model = write_model(tmp_path / "m.gguf")
-    personas = {"old": {"INFP": ("I", "N"), "OLD": ("I",)}, "new": {"INFP": ("I", "N")}, "newest": {"XYZ": ("E",)}}
+    personas: dict[str, dict[str, tuple[str, ...]]] = {
+        "old": {"INFP": ("I", "N"), "OLD": ("I",)},
+        "new": {"INFP": ("I", "N")},
+        "newest": {"XYZ": ("E",)},
+    }
     for age, (name, held) in enumerate(personas.items()):
         path = tmp_path / f"m.{name}.maskpack"
         write_pack(path, personas_for(model, personas=held))
@@ -314,7 +318,7 @@ def test_chat_does_not_import_the_offline_half(model: str) -> None:
 
 def test_narrow_encodings_get_plain_marks() -> None:
     class Narrow(StringIO):
-        encoding = "ascii"  # type: ignore[assignment]
+        encoding = "ascii"
 
     out = Narrow()
     TextOutput(out, out).show("a → b in 5 µs ── …")
@@ -323,7 +327,7 @@ def test_narrow_encodings_get_plain_marks() -> None:
 
 def test_colour_needs_a_terminal_and_no_objection(monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(StringIO):
-        encoding = "utf-8"  # type: ignore[assignment]
+        encoding = "utf-8"
 
         def isatty(self) -> bool:
             return True

@@ -166,7 +166,7 @@ def test_cache_below_a_file_cannot_be_written(tmp_path: Path, needed: bool, stat
 
 def test_extra_lists_what_is_missing_and_what_is_untested() -> None:
     extra = (Requirement("a", "1"), Requirement("b", "2", "3"))
-    none = doctor.check_extra("offline", "export", extra, {}.get)
+    none = doctor.check_extra("offline", "export", extra, lambda name: None)
     assert (none.status, none.detail) == ("warn", "not installed; needed for export")
     assert none.remedy == "pip install 'persona-edge[offline]'"
     half = doctor.check_extra("offline", "export", extra, {"a": "1.5"}.get)

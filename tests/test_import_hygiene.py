@@ -56,8 +56,10 @@ except MissingDependencyError as error:
 
 
 def test_all_names_exist() -> None:
-    modules = ("chat_template", "fair_lock", "generation", "llama_backend", "llama_library", "llama_vocabulary")
-    modules += ("llama_weights", "session", "text_stream", "values")
+    modules = [
+        *("chat_template", "fair_lock", "generation", "llama_backend", "llama_library", "llama_vocabulary"),
+        *("llama_weights", "session", "text_stream", "values"),
+    ]
     code = f"""
 import importlib
 for name in {modules!r}:

@@ -372,7 +372,7 @@ def test_prompts_that_do_not_fit(runtime: PersonaRuntime) -> None:
 def test_a_stream_that_is_left_early(runtime: PersonaRuntime, cold_text: str) -> None:
     stream = runtime.stream(STORY, GREEDY)
     first = list(islice(stream, 3))
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     assert cold_text.startswith("".join(first))
     assert runtime.generate(STORY, GREEDY).text == cold_text
 

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import pytest
 
-from persona_edge import downloads
 from persona_edge.cache import Receipt, cache_folder, exclusive, model_folder
 from persona_edge.catalogue_entries import CatalogueEntry, parse_entry
 from persona_edge.errors import MissingDependencyError, ModelFileError, ModelNotFoundError, OutputError
@@ -291,7 +290,7 @@ def test_next_source_is_tried(cache: Path, tmp_path: Path) -> None:
 def test_without_pip_or_hub_client_the_packages_are_named(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     present = importlib.util.find_spec
     absent = ("pip", "huggingface_hub")
-    monkeypatch.setattr(downloads.importlib.util, "find_spec", lambda n: None if n in absent else present(n))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n in absent else present(n))
     with pytest.raises(MissingDependencyError, match=r"ensurepip --upgrade; hub org/tiny/tiny.gguf: huggingface_hub"):
         pull(entry(entry_text(more=HUB)))
 

@@ -1,1 +1,1 @@
-"""The calibration sets that ship: contrasts per axis, neutral prompts and texts, and personas.toml, which names them."""
+"""The calibration sets that ship: contrasts per axis, neutral prompts and texts, personas.toml."""
