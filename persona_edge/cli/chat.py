@@ -24,6 +24,9 @@ __all__ = ["chat"]
 @click.option("--system", help="The system prompt.")
 @click.option("--compare", metavar="A,B,...", help="Ask each question of all of these; `base` is the unmodified model.")
 @click.option("--temperature", default=0.7, show_default=True, help="0 takes the likeliest token, always.")
+@click.option(
+    "--repeat-penalty", default=1.1, show_default=True, help="Above 1 keeps small models from repeating themselves."
+)
 @click.option("--max-tokens", default=256, show_default=True, help="The longest answer, in tokens.")
 @click.option("--seed", type=int, help="Makes the answers repeatable.")
 @click.option("--threads", type=int, help="CPU threads.  [default: the physical cores]")
@@ -41,6 +44,7 @@ def chat(
     system: str | None,
     compare: str | None,
     temperature: float,
+    repeat_penalty: float,
     max_tokens: int,
     seed: int | None,
     threads: int | None,
@@ -59,7 +63,9 @@ def chat(
     from persona_edge.runtime.values import SamplingOptions
     from persona_edge.terminal_input import accept_any_bytes, is_interactive, talk, work_through
 
-    options = SamplingOptions(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    options = SamplingOptions(
+        max_tokens=max_tokens, temperature=temperature, repeat_penalty=repeat_penalty, seed=seed
+    )
     compared = tuple(name.strip() for name in (compare or "").split(",") if name.strip())
     with ProgressLine() as progress:
         opened = open_chat_model(
