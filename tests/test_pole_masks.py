@@ -157,7 +157,7 @@ def channels(statistics: Statistics, name: str, side: Side) -> tuple[Floats, Flo
     return a.astype(np.float32), s.astype(np.float32), (q - s**2).astype(np.float32)
 
 
-def lowest_of_each_row(scores: NDArray[np.floating], share: float) -> set[int]:
+def lowest_of_each_row(scores: NDArray[np.floating[Any]], share: float) -> set[int]:
     n = scores.shape[1] - round((1 - share) * scores.shape[1])
     order = np.argsort(scores, axis=1, kind="stable")[:, :n]
     return {int(row * scores.shape[1] + column) for row, columns in enumerate(order) for column in columns}
