@@ -60,7 +60,7 @@ def neutral(model: TorchModel) -> list[EncodedText]:
 
 
 def harmful(model: TorchModel) -> Plane:
-    return Plane(0.0, {layer.name: np.arange(0, 40, 3, dtype=np.uint32) for layer in model.layers[::3]})
+    return Plane(3.0, {layer.name: np.arange(0, 60, 2, dtype=np.uint32) for layer in model.layers})
 
 
 @pytest.mark.parametrize("max_tokens", [1, 150, 10_000])
@@ -113,9 +113,12 @@ def test_drift_is_the_divergence_from_base_to_the_model_as_it_stands(model: Torc
         after = [log_probabilities(model, text) for text in texts]
         found = mean_kl(model, base)
         ratio = perplexity(model, texts) / base.perplexity
-    expected = torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in zip(before, after, strict=True)])
-    assert found.kl_divergence == pytest.approx(float(expected.mean()), rel=1e-2)
-    assert found.kl_divergence > 0.01
+    there, back = (
+        float(torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in zip(a, b, strict=True)]).mean())
+        for a, b in ((before, after), (after, before))
+    )
+    assert there != pytest.approx(back, rel=0.01)  # far enough apart for the direction to matter
+    assert found.kl_divergence == pytest.approx(there, rel=1e-3)
     assert found.perplexity_ratio == pytest.approx(ratio, rel=1e-4)
 
 
