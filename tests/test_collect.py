@@ -96,7 +96,7 @@ def test_gate_gradients_are_group_sums_of_weight_times_weight_gradient(
 
 def test_gate_gradients_are_finite_differences_of_the_margin(folders: dict[str, Path]) -> None:
     model = load(folders["llama"])
-    pairs = contrast_pairs(model, 4)
+    pairs = contrast_pairs(model, 2)
     found = collect_margins(model, model.layers, pairs).sums["gate_gradient"]
     model.model.double()
     rng = np.random.default_rng(0)
