@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -169,7 +170,7 @@ class _Builder:
                 planes = maker(budget)
             except SelectionError:  # too little for even the best unit: no mask, no drift, look higher
                 return Drift(1.0, 0.0, 0.0)
-            return self._drift(planes)
+            return _cautious(self._drift(planes))
 
         result = search_budget(
             measure,
@@ -180,7 +181,8 @@ class _Builder:
         )
         self.calibrator.progress(f"budget {label}", n_steps, n_steps)
         self._start = result.budget  # the next pole's is rarely far
-        return maker(result.budget), result
+        planes = maker(result.budget)
+        return planes, replace(result, drift=self._drift(planes))
 
     def _drift(self, planes: Sequence[Plane]) -> Drift:
         def compute() -> object:
@@ -264,6 +266,16 @@ class _Builder:
             "poles": dict(poles),
             "compositions": dict(compositions),
         }
+
+
+def _cautious(drift: Drift) -> Drift:
+    """`drift` with the larger of the measured perplexity ratio and exp(web KL), which other text would show.
+
+    A persona can make a few held-out passages likelier by their style while it harms text in general; on text that the
+    model itself would write, the expected logarithm of the ratio is the KL divergence.
+    """
+    expected = math.exp(drift.web_kl or 0.0)
+    return replace(drift, perplexity_ratio=max(drift.perplexity_ratio, expected))
 
 
 def _digest(planes: Sequence[Plane]) -> str:

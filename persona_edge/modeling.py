@@ -202,7 +202,9 @@ def _load_pretrained(source: Path, dtype: DType) -> tuple[Any, Any]:
     folder, file = (source.parent, source.name) if source.is_file() else (source, None)
     extra: dict[str, Any] = {} if file is None else {"gguf_file": file}
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # its GGUF reader draws a progress bar that cannot be turned off
+        with contextlib.redirect_stderr(
+            io.StringIO()
+        ):  # its GGUF reader draws a progress bar that cannot be turned off
             tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), **extra)
             model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=getattr(torch, dtype), **extra)
     except Exception as error:  # a damaged file makes its readers raise whatever they stumble over
