@@ -98,12 +98,13 @@ def _table(report: Any, summary: Any) -> list[str]:
     sizes: dict[str, int] = {}
     for plane in summary.planes:
         sizes[plane.pole] = sizes.get(plane.pole, 0) + plane.n_bytes
-    lines = [f"{'pole':<10} {'units':>7} {'bytes':>8} {'held out':>14} {'chat KL':>8} {'perplexity':>10}"]
+    width = max(10, *map(len, report["poles"]))
+    lines = [f"{'pole':<{width}} {'units':>7} {'bytes':>8} {'held out':>14} {'chat KL':>8} {'perplexity':>10}"]
     for name, pole in report["poles"].items():
         base, masked = _toward(pole, "held_out_base"), _toward(pole, "held_out")
         drift = pole["drift"]
         lines.append(
-            f"{name:<10} {pole['share_of_units']:>7.2%} {sizes.get(name, 0):>8,} {base:>5.0%} -> {masked:>5.0%} "
+            f"{name:<{width}} {pole['share_of_units']:>7.2%} {sizes.get(name, 0):>8,} {base:>5.0%} -> {masked:>5.0%} "
             f"{drift['chat_kl']:>8.3f} {drift['perplexity_ratio']:>9.3f}x"
         )
     return lines
