@@ -63,9 +63,7 @@ def chat(
     from persona_edge.runtime.values import SamplingOptions
     from persona_edge.terminal_input import accept_any_bytes, is_interactive, talk, work_through
 
-    options = SamplingOptions(
-        max_tokens=max_tokens, temperature=temperature, repeat_penalty=repeat_penalty, seed=seed
-    )
+    options = SamplingOptions(max_tokens=max_tokens, temperature=temperature, repeat_penalty=repeat_penalty, seed=seed)
     compared = tuple(name.strip() for name in (compare or "").split(",") if name.strip())
     with ProgressLine() as progress:
         opened = open_chat_model(
