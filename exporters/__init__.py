@@ -1,1 +1,1 @@
-"""What puts a mask next to GGUF or ONNX weights."""
+"""What puts a mask next to GGUF weights."""

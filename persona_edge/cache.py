@@ -1,9 +1,10 @@
-"""The folder that fetched models live in: its lock, and the receipts by which damage shows.
+"""The cache folder, and the fetched models in it: their lock, and the receipts by which damage shows.
 
     <cache>/models/<name>/<file>.gguf        the weights
     <cache>/models/<name>/<file>.gguf.json   the receipt: SHA-256, size in bytes and source, written when it was fetched
     <cache>/models/<name>/.lock              held while a process fetches into the folder
     <cache>/models/<name>/.downloads/        what a fetch that did not finish may reuse
+    <cache>/statistics/<fingerprint>/        what calibration computed (persona_edge.calibration)
 
 Knows nothing of the catalogue or the network.
 """
@@ -64,7 +65,7 @@ def writing_to(folder: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise OutputError(
-            f"cannot write to the model cache {folder}: {reason}; "
+            f"cannot write to the cache {folder}: {reason}; "
             "free space there or set PERSONA_EDGE_CACHE to another folder"
         ) from error
 

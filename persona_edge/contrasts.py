@@ -67,7 +67,7 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Example:
-    """One answer in a persona's manner, with no opposite: what the single-persona scores are calibrated on."""
+    """One answer in a persona's manner, with no opposite. `persona-edge export` works with contrasts."""
 
     prompt: str
     response: str

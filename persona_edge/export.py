@@ -74,9 +74,7 @@ def _weights(argument: str, progress: DownloadProgress | None) -> Path:
     resolved = resolve_model(argument) if progress is None else resolve_model(argument, progress=progress)
     path = resolved.gguf_path or resolved.folder
     if path is None:
-        raise ModelError(
-            f"{argument} is not on this machine; download it (huggingface-cli download {argument}) and pass its folder"
-        )
+        raise ModelError(f"{argument} is not on this machine; download it (hf download {argument}) and pass its folder")
     return path
 
 

@@ -1,4 +1,4 @@
-"""From statistics to the planes of one pole: one function per published method, all with the same shape.
+"""From statistics to the planes of one pole: `fisher_planes` for the default, `paper_planes` for the paper's methods.
 
 A `PlaneMaker` turns an amount (a budget in nats per token, or a share of the units) into planes. Ranking is done once,
 so that a search over budgets only cuts. Weights come from the model one tensor at a time.

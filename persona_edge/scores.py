@@ -1,4 +1,4 @@
-"""How much each weight or group matters to a persona: the four published scores, as pure functions of statistics.
+"""How much each weight or group matters to a persona: four scores, as pure functions of statistics.
 
 NumPy only. Statistics of one linear layer come in, an array of scores goes out; nothing here runs a model or chooses a
 mask (persona_edge.selection does that). `weights` is (n_rows, n_columns): `n_rows` output features, `n_columns` input

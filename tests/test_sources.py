@@ -298,7 +298,7 @@ def test_without_pip_or_hub_client_the_packages_are_named(cache: Path, monkeypat
 def test_cache_below_a_file_cannot_be_written(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("PERSONA_EDGE_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(OutputError, match=r"cannot write to the model cache .*Not a directory"):
+    with pytest.raises(OutputError, match=r"cannot write to the cache .*Not a directory"):
         pull(entry(entry_text()))
 
 
@@ -306,7 +306,7 @@ def test_cache_below_a_file_cannot_be_written(cache: Path, tmp_path: Path, monke
 def test_read_only_cache_cannot_be_written(cache: Path, links: Path) -> None:
     cache.mkdir(parents=True)
     cache.chmod(0o555)
-    with pytest.raises(OutputError, match=r"cannot write to the model cache .*Permission denied"):
+    with pytest.raises(OutputError, match=r"cannot write to the cache .*Permission denied"):
         pull(entry(entry_text()))
 
 
