@@ -26,7 +26,8 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard runtime/csrc/*)
 	$(PYTHON) -c "import sys; sys.exit('persona-edge needs Python 3.11 or later; set PYTHON=...') if sys.version_info < (3, 11) else None"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[offline,dev]'
+	@echo 'Installing into .venv; the first time, llama.cpp is compiled, which takes 5 to 15 minutes.'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[offline,dev]'
 	@touch $@
 
 demo: $(STAMP)
