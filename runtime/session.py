@@ -188,6 +188,10 @@ class PersonaRuntime:
             self._check_open()
             return self._backend.vocabulary.tokenize(text, add_special=add_special, parse_special=parse_special)
 
+    def tokenize_chat(self, messages: Sequence[Message]) -> list[int]:
+        """The prompt that `chat` answers, as token ids. InputError for messages that the template does not accept."""
+        return self._rendered(messages, _DEFAULT_OPTIONS)[0]
+
     def detokenize(self, tokens: Sequence[int]) -> str:
         """The text of `tokens`, control tokens by their names."""
         with self._lock:

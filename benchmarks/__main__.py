@@ -1,0 +1,172 @@
+"""`python -m benchmarks [NAME…] [--write]`: measurements, printed as Markdown; README.md says which."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from benchmarks import decode, effect, record, switching
+from persona_edge.catalogue import DEFAULT_MODEL, resolve_model
+from persona_edge.errors import InputError, PersonaEdgeError
+from persona_edge.find_packs import find_pack, open_pack
+from persona_edge.maskpack import MaskPack
+
+_EFFECT_PERSONA = "power_train"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line says. Counts are those that the benchmark's name in README.md explains."""
+
+    model: str
+    pack: Path | None
+    data: Path | None
+    threads: int
+    rounds: int
+    prompt_rounds: int
+    repeats: int
+    tokens: int
+    questions: int
+    windows: int
+    chats: int
+    positions: int
+    parity_models: tuple[str, ...]
+
+    @property
+    def gguf(self) -> Path:
+        """The model's file, fetched when it is not on this machine."""
+        return resolve_model(self.model).require_gguf()
+
+    def pack_with(self, *personas: str) -> MaskPack:
+        """The pack that was named, or the newest beside the model that holds `personas`."""
+        if self.pack is not None:
+            return open_pack(self.pack).pack
+        return find_pack(self.gguf, personas, self.model).pack
+
+
+def _switching(settings: Settings) -> record.Result:
+    return switching.measure(
+        settings.gguf,
+        settings.pack_with("INFP", "ENTJ"),
+        n_rounds=settings.rounds,
+        n_prompt_rounds=settings.prompt_rounds,
+        n_threads=settings.threads,
+    )
+
+
+def _decode(settings: Settings) -> record.Result:
+    return decode.measure(
+        settings.gguf,
+        settings.pack_with("INFP"),
+        n_repeats=settings.repeats,
+        n_tokens=settings.tokens,
+        n_threads=settings.threads,
+    )
+
+
+def _effect(settings: Settings) -> record.Result:
+    if settings.data is None:
+        raise InputError("effect needs the evaluation data; set PERSONA_EDGE_DATA to its folder, or pass --data")
+    return effect.measure(
+        settings.gguf,
+        settings.pack_with(_EFFECT_PERSONA),
+        settings.data,
+        n_questions=settings.questions,
+        n_windows=settings.windows,
+        n_chats=settings.chats,
+        n_threads=settings.threads,
+    )
+
+
+def _parity(settings: Settings) -> record.Result:
+    from benchmarks.reports import measure_models
+
+    paths = [resolve_model(name).require_gguf() for name in settings.parity_models]
+    return measure_models(paths, settings.gguf, n_positions=settings.positions, n_threads=settings.threads)
+
+
+def _size(_settings: Settings) -> record.Result:
+    from benchmarks.reports import measure_size
+
+    return measure_size()
+
+
+BENCHMARKS: Mapping[str, Callable[[Settings], record.Result]] = {
+    "switching": _switching,
+    "decode": _decode,
+    "parity": _parity,
+    "size": _size,
+    "effect": _effect,
+}
+_PARITY_MODELS = (DEFAULT_MODEL, "qwen2.5-0.5b", "gemma3-270m")
+_COUNT = click.IntRange(min=1)
+
+
+@click.command("python -m benchmarks")
+@click.argument("names", nargs=-1, type=click.Choice(list(BENCHMARKS)), metavar="[NAME]...")
+@click.option("--write", is_flag=True, help="Store the results in docs/results as well.")
+@click.option("--model", default=DEFAULT_MODEL, show_default=True, help="A catalogue name, or a path to a GGUF file.")
+@click.option("--pack", type=click.Path(path_type=Path), help="The mask pack.  [default: the newest beside the model]")
+@click.option("--data", type=click.Path(path_type=Path), envvar="PERSONA_EDGE_DATA", help="Folder of evaluation data.")
+@click.option("--threads", default=2, show_default=True, type=_COUNT, help="CPU threads.")
+@click.option("--rounds", default=200, show_default=True, type=_COUNT, help="switching: rounds of weight switches.")
+@click.option("--prompt-rounds", default=5, show_default=True, type=_COUNT, help="switching: prompts, and reloads.")
+@click.option("--repeats", default=12, show_default=True, type=_COUNT, help="decode: rounds.")
+@click.option("--tokens", default=64, show_default=True, type=click.IntRange(min=2), help="decode: tokens per run.")
+@click.option("--questions", default=100, show_default=True, type=_COUNT, help="effect: unseen questions.")
+@click.option("--windows", default=40, show_default=True, type=_COUNT, help="effect: windows of WikiText-2.")
+@click.option("--chats", default=40, show_default=True, type=_COUNT, help="effect: neutral chat prompts.")
+@click.option("--positions", default=512, show_default=True, type=_COUNT, help="parity: tokens compared.")
+@click.option(
+    "--parity-model", "parity_models", multiple=True, default=_PARITY_MODELS, show_default=True, help="May be repeated."
+)
+def main(
+    *,
+    names: tuple[str, ...],
+    write: bool,
+    model: str,
+    pack: Path | None,
+    data: Path | None,
+    threads: int,
+    rounds: int,
+    prompt_rounds: int,
+    repeats: int,
+    tokens: int,
+    questions: int,
+    windows: int,
+    chats: int,
+    positions: int,
+    parity_models: tuple[str, ...],
+) -> None:
+    """Run the benchmarks called NAME, or all: switching, decode, parity, size, effect.
+
+    When all are run, one that lacks its pack, model or data is passed over with a line that says what it needs.
+    """
+    settings = Settings(
+        model, pack, data, threads, rounds, prompt_rounds, repeats, tokens,
+        questions, windows, chats, positions, parity_models,
+    )  # fmt: skip
+    for name in names or BENCHMARKS:
+        try:
+            _run(name, settings, write)
+        except PersonaEdgeError as error:
+            if names:
+                raise click.ClickException(f"{name}: {error}") from None
+            click.echo(f"{name} was left out: {error}", err=True)
+
+
+def _run(name: str, settings: Settings, write: bool) -> None:
+    measured = record.conditions(sys.argv[1:])
+    result = BENCHMARKS[name](settings)
+    click.echo(record.markdown(result, measured))
+    if write:
+        for path in record.write(name, result, measured):
+            click.echo(f"wrote {path}", err=True)
+
+
+if __name__ == "__main__":
+    main()
