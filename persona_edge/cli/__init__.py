@@ -94,7 +94,7 @@ class LazyGroup(click.Group):
         prog_name: str | None = None,
         complete_var: str | None = None,
         standalone_mode: bool = True,
-        **extra: Any,  # noqa: ANN401  # click's own signature
+        **extra: Any,  # click's own signature
     ) -> object:
         """Runs the program; with `standalone_mode` it always leaves by SystemExit."""
         if not standalone_mode:
