@@ -42,9 +42,9 @@ class Settings:
         return resolve_model(self.model).require_gguf()
 
     def pack_with(self, *personas: str) -> MaskPack:
-        """The pack that was named, or the newest beside the model that holds `personas`."""
+        """The pack that was named, or the newest beside the model; it has to hold `personas`."""
         if self.pack is not None:
-            return open_pack(self.pack).pack
+            return open_pack(self.pack, personas).pack
         return find_pack(self.gguf, personas, self.model).pack
 
 
@@ -73,7 +73,7 @@ def _effect(settings: Settings) -> record.Result:
         raise InputError("effect needs the evaluation data; set PERSONA_EDGE_DATA to its folder, or pass --data")
     return effect.measure(
         settings.gguf,
-        settings.pack_with(_EFFECT_PERSONA),
+        settings.pack_with(*(() if settings.pack else (_EFFECT_PERSONA,))),
         settings.data,
         n_questions=settings.questions,
         n_windows=settings.windows,
@@ -104,6 +104,7 @@ BENCHMARKS: Mapping[str, Callable[[Settings], record.Result]] = {
 }
 _PARITY_MODELS = (DEFAULT_MODEL, "qwen2.5-0.5b", "gemma3-270m")
 _COUNT = click.IntRange(min=1)
+_TWO = click.IntRange(min=2)  # fewer have no spread, or no time between them
 
 
 @click.command("python -m benchmarks")
@@ -116,10 +117,10 @@ _COUNT = click.IntRange(min=1)
 @click.option("--rounds", default=200, show_default=True, type=_COUNT, help="switching: rounds of weight switches.")
 @click.option("--prompt-rounds", default=5, show_default=True, type=_COUNT, help="switching: prompts, and reloads.")
 @click.option("--repeats", default=12, show_default=True, type=_COUNT, help="decode: rounds.")
-@click.option("--tokens", default=64, show_default=True, type=click.IntRange(min=2), help="decode: tokens per run.")
+@click.option("--tokens", default=64, show_default=True, type=_TWO, help="decode: tokens per run.")
 @click.option("--questions", default=100, show_default=True, type=_COUNT, help="effect: unseen questions.")
-@click.option("--windows", default=40, show_default=True, type=_COUNT, help="effect: windows of WikiText-2.")
-@click.option("--chats", default=40, show_default=True, type=_COUNT, help="effect: neutral chat prompts.")
+@click.option("--windows", default=40, show_default=True, type=_TWO, help="effect: windows of WikiText-2.")
+@click.option("--chats", default=40, show_default=True, type=_TWO, help="effect: neutral chat prompts.")
 @click.option("--positions", default=512, show_default=True, type=_COUNT, help="parity: tokens compared.")
 @click.option(
     "--parity-model", "parity_models", multiple=True, default=_PARITY_MODELS, show_default=True, help="May be repeated."

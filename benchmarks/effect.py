@@ -227,7 +227,8 @@ def _share(margins: NDArray[np.float64]) -> float:
 
 
 def _standard_error(values: NDArray[np.float64]) -> float:
-    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+    """Of the mean of at least two values."""
+    return float(values.std(ddof=1) / np.sqrt(len(values)))
 
 
 def _result(model: Path, arms: Sequence[_Effect], counts: tuple[int, int, int]) -> Result:
@@ -259,8 +260,6 @@ def _result(model: Path, arms: Sequence[_Effect], counts: tuple[int, int, int]) 
         f"{n_questions} questions of power_dev, {n_windows} windows of {_WINDOW} tokens of WikiText-2 test, {n_chats} "
         f"first turns of MT-Bench with the base model's own answers of up to {_ANSWER_TOKENS} tokens; ± standard error:"
     )
-    said = tuple((question, *(arm.answers[i] for arm in arms)) for i, question in enumerate(_QUESTIONS))
-    transcripts = Table(("question", *(arm.arm for arm in arms)), said, "What each says, greedily:")
     values = {
         "model": model.name,
         "n_questions": n_questions,
@@ -268,6 +267,13 @@ def _result(model: Path, arms: Sequence[_Effect], counts: tuple[int, int, int]) 
         "n_chats": n_chats,
         "arms": [asdict(arm) for arm in arms],
     }
-    return Result(
-        f"Effect on unseen questions: {model.stem}", (Table(headers, rows, caption), transcripts), values, (GOALS,)
-    )
+    title = f"Effect on unseen questions: {model.stem}"
+    return Result(title, (Table(headers, rows, caption),), values, (GOALS, *_transcripts(arms)))
+
+
+def _transcripts(arms: Sequence[_Effect]) -> list[str]:
+    """What each arm says to each question: a Markdown list per question."""
+    return [
+        "\n".join([f"**{question}**", "", *(f"- {arm.arm}: {arm.answers[i]}" for arm in arms)])
+        for i, question in enumerate(_QUESTIONS)
+    ]

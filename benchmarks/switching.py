@@ -1,8 +1,10 @@
 """How long a change of persona takes: the weights alone, to the first token, and beside loading the model again.
 
-The weight switch is timed around the whole call, as a user's program waits for it: planning, writing, and emptying the
-KV cache. To the first token there are three ways on from a conversation of some length, each with the same next
-message: the conversation goes on (its keys and values are kept), the same prompt from nothing, and after a switch.
+The switch is timed around the whole call, as a user's program waits for it: finding what differs, writing it, and
+emptying the KV cache. The last grows with the context that the session has room for, so there are two sessions: one
+with chat's default, and one so small that what remains is the weights. To the first token there are three ways on from
+a conversation of some length, each with the same next message: the conversation goes on (its keys and values are kept),
+the same prompt from nothing, and after a switch.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ __all__ = ["measure"]
 _STEPS: tuple[tuple[str, str | None], ...] = (("base → INFP", "INFP"), ("INFP → ENTJ", "ENTJ"), ("ENTJ → base", None))
 _WAYS = ("conversation goes on", "from nothing", "after a switch")
 _WARM_UP = 3
-_N_CTX = 2048
+_N_CTX = 4096  # chat's default
+_SMALL_N_CTX = 256
 _NEXT_MESSAGE = " What would you say about that to someone who has never heard of it?"
 _ONE_TOKEN = SamplingOptions(max_tokens=1, temperature=0)
 
@@ -33,6 +36,7 @@ class _Step:
     """One change of persona: its time in milliseconds, and what it wrote."""
 
     name: str
+    n_ctx: int
     milliseconds: Spread
     n_units: int
     n_bytes: int
@@ -68,8 +72,10 @@ def measure(
 ) -> Result:
     """Time `model` with `pack`, which must hold INFP and ENTJ."""
     reload = Spread.of(list(_reload_times(model, n_prompt_rounds, n_threads)))
-    with PersonaRuntime.open(model, pack, n_ctx=_N_CTX, n_threads=n_threads) as runtime:
+    with PersonaRuntime.open(model, pack, n_ctx=_SMALL_N_CTX, n_threads=n_threads) as runtime:
         steps = _time_steps(runtime, n_rounds)
+    with PersonaRuntime.open(model, pack, n_ctx=_N_CTX, n_threads=n_threads) as runtime:
+        steps += _time_steps(runtime, n_rounds)
         first_tokens = [row for n in lengths for row in _time_first_tokens(runtime, n, n_prompt_rounds)]
     sizes = _pole_sizes(pack)
     values = {
@@ -84,7 +90,7 @@ def measure(
     slowest = max(step.milliseconds.p50 for step in steps)
     notes = (
         f"Loading the model file again takes {reload.p50:.0f} ms (median of {reload.n}, file in the page cache): "
-        f"{reload.p50 / slowest:.0f} times the slowest weight switch.",
+        f"{reload.p50 / slowest:.0f} times the slowest switch.",
         f"The pack has {pack.n_bytes:,} bytes in all, for {len(pack.personas)} personas.",
     )
     tables = (_step_table(steps), _first_token_table(first_tokens), _size_table(sizes))
@@ -113,7 +119,7 @@ def _time_steps(runtime: PersonaRuntime, n_rounds: int) -> list[_Step]:
             if number >= _WARM_UP:
                 times[name].append(elapsed * 1e3)
     return [
-        _Step(name, Spread.of(times[name]), report.n_units_written, report.n_bytes_written)
+        _Step(name, runtime.n_ctx, Spread.of(times[name]), report.n_units_written, report.n_bytes_written)
         for name, report in reports.items()
     ]
 
@@ -172,7 +178,7 @@ def _pole_sizes(pack: MaskPack) -> list[_PoleSize]:
 def _step_table(steps: list[_Step]) -> Table:
     rows = tuple(
         (
-            step.name,
+            f"{step.name}, context of {step.n_ctx}",
             f"{step.milliseconds.p50:.2f}",
             f"{step.milliseconds.p95:.2f}",
             f"{step.n_units:,}",
@@ -181,7 +187,11 @@ def _step_table(steps: list[_Step]) -> Table:
         for step in steps
     )
     headers = ("switch", "p50 ms", "p95 ms", "units written", "bytes written")
-    return Table(headers, rows, f"The weights alone, {steps[0].milliseconds.n} interleaved rounds:")
+    return Table(
+        headers,
+        rows,
+        f"The switch alone, {steps[0].milliseconds.n} interleaved rounds; in a small context nearly the weights alone:",
+    )
 
 
 def _first_token_table(found: list[_FirstToken]) -> Table:
