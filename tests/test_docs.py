@@ -12,6 +12,7 @@ import pytest
 from persona_edge.cli import main
 from persona_edge.contrasts import load_contrasts
 from persona_edge.maskpack import write_pack
+from persona_edge.runtime import llama_backend
 from tests.tiny_chat import personas_for
 
 ROOT = Path(__file__).parents[1]
@@ -58,6 +59,8 @@ def test_the_samples_of_embedding_run(
     (tmp_path / "model.gguf").symlink_to(smollm2_path)
     write_pack(tmp_path / "model.mbti16.maskpack", personas_for(smollm2_path, personas=PERSONAS))
     monkeypatch.chdir(tmp_path)
+    # Threads that wait for each other crawl where tests run side by side; which default is chosen is tested elsewhere.
+    monkeypatch.setattr(llama_backend, "default_n_threads", lambda: 1)
     page = ROOT / "docs" / "embedding.md"
     samples = blocks(page, "python")
     assert len(samples) >= 6
