@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from persona_edge.denormals import denormals_flushed
 from persona_edge.encoding import Batch
 from persona_edge.errors import CalibrationError
 from persona_edge.forward import scored_logits
@@ -99,6 +100,7 @@ def _logits(model: TorchModel, batch: Batch) -> torch.Tensor:
     return scored_logits(model, batch, inputs_embeds=embeddings)
 
 
+@denormals_flushed()
 def collect_margins(
     model: TorchModel,
     layers: Sequence[LinearLayer],
@@ -152,6 +154,7 @@ def _group_sums(values: torch.Tensor, granularity: Granularity) -> torch.Tensor:
     return sums
 
 
+@denormals_flushed()
 def collect_damage(
     model: TorchModel,
     layers: Sequence[LinearLayer],

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from persona_edge.denormals import denormals_flushed
 from persona_edge.encoding import Batch, EncodedText, batches
 from persona_edge.errors import CalibrationError
 from persona_edge.forward import scored_logits, scored_targets
@@ -56,6 +57,7 @@ def margins(model: TorchModel, pairs: Sequence[ContrastPair], *, max_tokens: int
     return summarize(score_answers(model, pairs, max_tokens=max_tokens))
 
 
+@denormals_flushed()
 def score_answers(model: TorchModel, pairs: Sequence[ContrastPair], *, max_tokens: int = 2048) -> AnswerScores:
     """Log-probabilities of the answers, in the order of `pairs`."""
     if not pairs:
@@ -107,6 +109,7 @@ def _next_log_probabilities(model: TorchModel, batch: Batch) -> torch.Tensor:
     return result
 
 
+@denormals_flushed()
 def perplexity(model: TorchModel, texts: Sequence[EncodedText], *, max_tokens: int = 2048) -> float:
     """exp of the mean negative log-probability over all scored tokens."""
     total, n = 0.0, 0.0
@@ -139,6 +142,7 @@ class NeutralDrift:
     perplexity_ratio: float
 
 
+@denormals_flushed()
 def measure_base(model: TorchModel, texts: Sequence[EncodedText], *, max_tokens: int = 1024) -> BaseBehaviour:
     """Record the unmasked model; call it with no mask applied. Memory: 2 bytes x scored tokens x vocabulary."""
     import torch
@@ -156,6 +160,7 @@ def measure_base(model: TorchModel, texts: Sequence[EncodedText], *, max_tokens:
     return BaseBehaviour(groups, tuple(recorded), float(np.exp(-total / n)))
 
 
+@denormals_flushed()
 def mean_kl(model: TorchModel, base: BaseBehaviour) -> NeutralDrift:
     """How far the model as it stands now has drifted from `base` on the same texts."""
     kl, log_p, n = 0.0, 0.0, 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from persona_edge.denormals import denormals_flushed
 from persona_edge.encoding import prompt_tokens
 from persona_edge.modeling import TorchModel
 
@@ -33,6 +34,7 @@ def answer(
     return answers
 
 
+@denormals_flushed()
 def _answer_together(
     model: TorchModel, prompts: Sequence[str], max_tokens: int, temperature: float, seed: int
 ) -> list[str]:

@@ -174,10 +174,6 @@ def load_torch_model(
     # OpenMP's threads otherwise spin while they wait, which on a machine that is also busy elsewhere costs a factor of
     # ten; read when torch is first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    import torch
-
-    # Gradients of far-away tokens are denormal numbers, which cost a CPU a hundred cycles each: 3x on a whole pass.
-    torch.set_flush_denormal(True)
     device = choose_device(device)
     model, tokenizer = _load_pretrained(source, choose_dtype(dtype, device))
     model.eval().requires_grad_(False)

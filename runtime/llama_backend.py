@@ -133,7 +133,9 @@ class LlamaBackend:
         self._ticket += 1
         self._cache_is_known = False
         self._tokens, self._ends = [], []
-        self._api.llama_memory_clear(self._memory, True)
+        # False: forget the entries without overwriting the cache's memory, which at 4096 tokens takes longer than a
+        # switch. No token attends to a forgotten entry.
+        self._api.llama_memory_clear(self._memory, False)
         self._cache_is_known = True
 
     def close(self) -> None:
