@@ -84,8 +84,8 @@ def check_parity(found: ModelParity) -> None:
     assert found.base.runtime.n_positions == N_POSITIONS
     assert found.base.runtime.top1 > 0.9
     for row in (by_row["suppress", "exact"], by_row["soften", "rounded"]):
-        # The criterion itself (ratio 1.2, one point of top-1) needs more positions than a test has: `python -m benchmarks
-        # parity` measures it. A mask in wrong rows or groups multiplies the divergence by a hundred.
+        # The criterion itself (ratio 1.2, one point of top-1) needs more positions than a test has: it is measured by
+        # `python -m benchmarks parity`. A mask in wrong rows or groups multiplies the divergence by a hundred.
         assert row.kl_ratio < 2, row
         assert row.median_ratio < 1.5, row
         assert row.top1_loss < 0.04, row
