@@ -86,7 +86,8 @@ def check_parity(found: ModelParity) -> None:
     for row in (by_row["suppress", "exact"], by_row["soften", "rounded"]):
         # The criterion itself (ratio 1.2, one point of top-1) needs more positions than a test has: it is measured by
         # `python -m benchmarks parity`. A mask in wrong rows or groups multiplies the divergence by a hundred.
-        assert row.kl_ratio < 2, row
+        # A random mask can leave a model on a knife's edge: then PyTorch disagrees with itself as much (sensitivity).
+        assert row.kl_ratio < 2 * max(1.0, row.sensitivity or 1.0), row
         assert row.median_ratio < 1.5, row
         assert row.top1_loss < 0.04, row
 
