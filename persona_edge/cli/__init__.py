@@ -48,6 +48,7 @@ _COMMANDS: Mapping[str, LazyCommand] = {
     "export": LazyCommand("persona_edge.cli.export", "export", "Calibrate a model and write a mask pack of personas."),
     "chat": LazyCommand("persona_edge.cli.chat", "chat", "Talk to a model and switch its persona as you go."),
     "inspect": LazyCommand("persona_edge.cli.inspect", "inspect", "Show what a mask pack holds and how good it is."),
+    "personas": LazyCommand("persona_edge.cli.personas", "personas", "List, show, check and write calibration sets."),
     "models": LazyCommand("persona_edge.cli.models", "models", "List, locate and fetch the models of the catalogue."),
     "doctor": LazyCommand(
         "persona_edge.cli.doctor", "doctor", "Check what is installed and what to do about the rest."
