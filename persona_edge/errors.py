@@ -7,6 +7,7 @@ and exits with the error's `exit_code`; a traceback is a bug.
     ├── InputError                   an option or argument that cannot be used (exit code 2)
     │   └── PersonaNotFoundError     the pack or the shipped sets hold no such persona
     ├── CalibrationError             an empty or malformed calibration file
+    │   └── CharacterCardError       a file that is not a character card, or a damaged one
     ├── SelectionError               no mask satisfies what was asked
     ├── ModelError
     │   ├── ModelNotFoundError       no such catalogue name, file or folder, or no source reachable
@@ -26,6 +27,7 @@ from typing import ClassVar
 
 __all__ = [
     "CalibrationError",
+    "CharacterCardError",
     "GenerationError",
     "InputError",
     "MissingDependencyError",
@@ -61,6 +63,10 @@ class PersonaNotFoundError(InputError):
 
 class CalibrationError(PersonaEdgeError):
     """An empty or malformed calibration file."""
+
+
+class CharacterCardError(CalibrationError):
+    """A file that is not a character card (V2 or V3, JSON or PNG), or a damaged one."""
 
 
 class SelectionError(PersonaEdgeError):
