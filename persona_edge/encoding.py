@@ -6,7 +6,7 @@ A token is *scored* when its log-probability counts; prompts and padding are con
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ __all__ = [
     "encode_chat",
     "encode_contrast",
     "encode_text",
+    "message_tokens",
     "pad",
     "prompt_tokens",
 ]
@@ -75,13 +76,19 @@ def encode_chat(tokenizer: Any, prompt: str, response: str, *, item: int = 0, sy
 
 
 def prompt_tokens(tokenizer: Any, prompt: str, system: str | None) -> list[int]:
+    """Tokens of one question, after `system` if given, up to where the answer begins."""
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    return message_tokens(tokenizer, [*messages, {"role": "user", "content": prompt}])
+
+
+def message_tokens(tokenizer: Any, messages: Sequence[Mapping[str, object]]) -> list[int]:
+    """Tokens of a conversation in the model's chat template, or in a plain one, up to where the answer begins."""
     if getattr(tokenizer, "chat_template", None):
-        messages = [] if system is None else [{"role": "system", "content": system}]
-        messages.append({"role": "user", "content": prompt})
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    head = "" if system is None else f"{system}\n\n"
-    return list(tokenizer(f"{head}User: {prompt}\nAssistant:")["input_ids"])
+    speakers = {"user": "User: {}\n", "assistant": "Assistant: {}\n"}
+    turns = [speakers.get(str(message["role"]), "{}\n\n").format(message["content"]) for message in messages]
+    return list(tokenizer("".join(turns) + "Assistant:")["input_ids"])
 
 
 def encode_contrast(tokenizer: Any, contrast: Contrast, item: int) -> tuple[EncodedText, EncodedText]:

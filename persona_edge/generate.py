@@ -8,7 +8,7 @@ from persona_edge.denormals import denormals_flushed
 from persona_edge.encoding import prompt_tokens
 from persona_edge.modeling import TorchModel
 
-__all__ = ["answer"]
+__all__ = ["answer", "complete_together"]
 
 PROMPTS_AT_ONCE = 16
 
@@ -27,25 +27,26 @@ def answer(
     for start in range(0, len(prompts), PROMPTS_AT_ONCE):
         if progress is not None:
             progress("neutral answers", start, len(prompts))
-        part = prompts[start : start + PROMPTS_AT_ONCE]
-        answers += _answer_together(model, part, max_tokens, temperature, seed + start)
+        part = [prompt_tokens(model.tokenizer, prompt, None) for prompt in prompts[start : start + PROMPTS_AT_ONCE]]
+        answers += complete_together(model, part, max_tokens=max_tokens, temperature=temperature, seed=seed + start)
     if progress is not None:
         progress("neutral answers", len(prompts), len(prompts))
     return answers
 
 
 @denormals_flushed()
-def _answer_together(
-    model: TorchModel, prompts: Sequence[str], max_tokens: int, temperature: float, seed: int
+def complete_together(
+    model: TorchModel, encoded: Sequence[Sequence[int]], *, max_tokens: int, temperature: float = 0.0, seed: int = 0
 ) -> list[str]:
+    """What follows each of the token sequences, evaluated as one batch; `temperature` 0 decodes greedily."""
     import torch
 
-    encoded = [prompt_tokens(model.tokenizer, prompt, None) for prompt in prompts]
     longest = max(len(tokens) for tokens in encoded)
     # Left padding, so that every answer begins at the same position.
-    tokens = torch.tensor([[0] * (longest - len(t)) + t for t in encoded], device=model.device)
+    tokens = torch.tensor([[0] * (longest - len(t)) + [*t] for t in encoded], device=model.device)
     mask = torch.tensor([[0] * (longest - len(t)) + [1] * len(t) for t in encoded], device=model.device)
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": 0.95} if temperature else {"do_sample": False}
+    greedy = {"do_sample": False, "repetition_penalty": 1.0}
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": 0.95} if temperature else greedy
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         output = model.model.generate(

@@ -18,19 +18,20 @@ from persona_edge.modeling import TorchModel, text_config
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ContrastPair", "PackedPairs", "contrast_batches", "pack_pairs", "packed_logits"]
+__all__ = ["ContrastPair", "PackedPairs", "PackedRows", "contrast_batches", "pack_pairs", "pack_rows", "packed_logits"]
 
 ContrastPair = tuple[EncodedText, EncodedText]
+PromptAndEndings = tuple[Sequence[int], Sequence[Sequence[int]]]
 SIDES: tuple[Literal["positive"], Literal["negative"]] = ("positive", "negative")
 
 
 @dataclass(frozen=True)
-class PackedPairs:
-    """A batch of `n_pairs` rows of `n_tokens`, padded at the right.
+class PackedRows:
+    """A batch of rows of `n_tokens`, padded at the right, each a prompt with endings that do not see each other.
 
-    `tokens`, `position_ids` (n_pairs, n_tokens) int64; `visible` (n_pairs, 1, n_tokens, n_tokens) bool, query by key.
-    Every prediction that counts is one entry of `rows`, `positions` (what predicts), `targets` (the token predicted),
-    `is_positive` (which answer) and `shares` (1 / the answer's length), all (n_scored,).
+    `tokens`, `position_ids` (n_rows, n_tokens) int64; `visible` (n_rows, 1, n_tokens, n_tokens) bool, query by key.
+    Every prediction that counts is one entry of `rows`, `positions` (what predicts) and `targets` (the token
+    predicted), all (n_scored,).
     """
 
     tokens: torch.Tensor
@@ -39,6 +40,12 @@ class PackedPairs:
     rows: torch.Tensor
     positions: torch.Tensor
     targets: torch.Tensor
+
+
+@dataclass(frozen=True)
+class PackedPairs(PackedRows):
+    """Rows of two endings: `is_positive` says which answer a prediction is in, `shares` is 1 / that answer's length."""
+
     is_positive: torch.Tensor
     shares: torch.Tensor
 
@@ -64,39 +71,58 @@ def pack_pairs(pairs: Sequence[ContrastPair], device: torch.device | str) -> Pac
 
     if not pairs:
         raise CalibrationError("no contrasts to calibrate on")
-    n_tokens = max(map(_packed_length, pairs))
-    tokens = torch.zeros(len(pairs), n_tokens, dtype=torch.int64)
-    position_ids = torch.zeros_like(tokens)
-    # Padding sees itself: a row that sees nothing would be NaN.
-    visible = torch.eye(n_tokens, dtype=torch.bool).repeat(len(pairs), 1, 1, 1)
-    scored: list[tuple[int, int, int, bool, float]] = []
-    for row, (positive, negative) in enumerate(pairs):
-        n_prompt = len(positive.tokens) - positive.n_scored
-        if negative.tokens[: len(negative.tokens) - negative.n_scored] != positive.tokens[:n_prompt]:
-            raise CalibrationError("the two answers of a contrast must follow the same prompt")
-        start, end = len(positive.tokens), len(positive.tokens) + negative.n_scored
-        answers = (positive.tokens[n_prompt:], negative.tokens[n_prompt:])
-        tokens[row, :end] = torch.tensor((*positive.tokens, *answers[1]))
-        position_ids[row, :end] = torch.cat([torch.arange(start), torch.arange(n_prompt, n_prompt + end - start)])
-        visible[row, 0, :end, :end] = torch.ones(end, end, dtype=torch.bool).tril()
-        visible[row, 0, start:end, n_prompt:start] = False
-        for is_positive, first, answer in zip((True, False), (n_prompt, start), answers, strict=True):
-            before = [n_prompt - 1, *range(first, first + len(answer) - 1)]
-            scored += [(row, at, t, is_positive, 1 / len(answer)) for at, t in zip(before, answer, strict=True)]
-    rows, positions, targets, sides, shares = zip(*scored, strict=True)
+    rows = [_prompt_and_answers(pair) for pair in pairs]
+    sides, shares = [], []
+    for _, answers in rows:
+        for is_positive, answer in zip((True, False), answers, strict=True):
+            sides += [is_positive] * len(answer)
+            shares += [1 / len(answer)] * len(answer)
+    packed = pack_rows(rows, device)
     return PackedPairs(
-        tokens.to(device),
-        position_ids.to(device),
-        visible.to(device),
-        torch.tensor(rows, device=device),
-        torch.tensor(positions, device=device),
-        torch.tensor(targets, device=device),
-        torch.tensor(sides, device=device),
-        torch.tensor(shares, device=device),
+        **vars(packed),
+        is_positive=torch.tensor(sides, device=device),
+        shares=torch.tensor(shares, device=device),
     )
 
 
-def packed_logits(model: TorchModel, batch: PackedPairs, inputs_embeds: torch.Tensor | None = None) -> torch.Tensor:
+def _prompt_and_answers(pair: ContrastPair) -> PromptAndEndings:
+    positive, negative = pair
+    n_prompt = len(positive.tokens) - positive.n_scored
+    prompt = positive.tokens[:n_prompt]
+    if negative.tokens[: len(negative.tokens) - negative.n_scored] != prompt:
+        raise CalibrationError("the two answers of a contrast must follow the same prompt")
+    return prompt, (positive.tokens[n_prompt:], negative.tokens[n_prompt:])
+
+
+def pack_rows(items: Sequence[PromptAndEndings], device: torch.device | str) -> PackedRows:
+    """One row per prompt with all its endings; predictions are in the order of rows, endings and tokens."""
+    import torch
+
+    n_tokens = max(len(prompt) + sum(map(len, endings)) for prompt, endings in items)
+    tokens = torch.zeros(len(items), n_tokens, dtype=torch.int64)
+    position_ids = torch.zeros_like(tokens)
+    # Padding sees itself: a row that sees nothing would be NaN.
+    visible = torch.eye(n_tokens, dtype=torch.bool).repeat(len(items), 1, 1, 1)
+    scored: list[tuple[int, int, int]] = []
+    for row, (prompt, endings) in enumerate(items):
+        n_prompt = start = len(prompt)
+        tokens[row, :n_prompt] = torch.tensor(prompt)
+        position_ids[row, :n_prompt] = torch.arange(n_prompt)
+        visible[row, 0, :n_prompt, :n_prompt] = torch.ones(n_prompt, n_prompt, dtype=torch.bool).tril()
+        for ending in endings:
+            n, end = len(ending), start + len(ending)
+            tokens[row, start:end] = torch.tensor(ending)
+            position_ids[row, start:end] = torch.arange(n_prompt, n_prompt + n)
+            visible[row, 0, start:end, :n_prompt] = True
+            visible[row, 0, start:end, start:end] = torch.ones(n, n, dtype=torch.bool).tril()
+            before = [n_prompt - 1, *range(start, end - 1)]
+            scored += [(row, at, token) for at, token in zip(before, ending, strict=True)]
+            start = end
+    rows, positions, targets = (torch.tensor(column, device=device) for column in zip(*scored, strict=True))
+    return PackedRows(tokens.to(device), position_ids.to(device), visible.to(device), rows, positions, targets)
+
+
+def packed_logits(model: TorchModel, batch: PackedRows, inputs_embeds: torch.Tensor | None = None) -> torch.Tensor:
     """Logits of every prediction that counts, (n_scored, n_vocab) float32; `inputs_embeds` replaces the embedding.
 
     Records a graph unless called under torch.no_grad().
@@ -116,7 +142,7 @@ def packed_logits(model: TorchModel, batch: PackedPairs, inputs_embeds: torch.Te
     return logits
 
 
-def _attention_masks(model: TorchModel, batch: PackedPairs) -> torch.Tensor | dict[str, torch.Tensor]:
+def _attention_masks(model: TorchModel, batch: PackedRows) -> torch.Tensor | dict[str, torch.Tensor]:
     """What is added to attention scores; by kind of layer for a model of which some see only a sliding window.
 
     transformers takes a mask of four dimensions as it comes, so that the window has to be in it.

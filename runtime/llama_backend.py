@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import bisect
 import ctypes
+import itertools
 import math
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType, TracebackType
 from typing import Self
 
@@ -128,6 +129,32 @@ class LlamaBackend:
             self.clear()
         return logits
 
+    def scored_logits(self, tokens: Sequence[int], n_scored: int) -> Iterator[NDArray[np.float32]]:
+        """Logits that predict the last `n_scored` of `tokens`, in pieces of (at most 64, n_vocab) float32.
+
+        What comes before the scored tokens is evaluated once for all endings that are asked for one after another. It
+        is kept only where an empty cache would have been filled in the same batches, so the order of questions changes
+        no bit. Raises InputError for unknown or too many tokens, and unless 1 <= n_scored < len(tokens).
+        """
+        n_before = len(tokens) - n_scored - 1
+        if n_scored < 1 or n_before < 0 or len(tokens) - 1 > self.n_ctx:
+            raise InputError(
+                f"{n_scored} of {len(tokens)} tokens cannot be scored; give 1 to {self.n_ctx} tokens before the last"
+            )
+        tokens = list(tokens)
+        self.vocabulary.check(tokens)
+        n_vocab = self.vocabulary.n_tokens
+        self._ticket += 1
+        for start in range(self._keep_batches_of(tokens[:n_before]), n_before, _BATCH):
+            self._decode(tokens[start : min(start + _BATCH, n_before)], range(0))
+        for start in range(n_before, len(tokens) - 1, _LOGITS_BATCH):
+            chunk = tokens[start : min(start + _LOGITS_BATCH, len(tokens) - 1)]
+            self._decode(chunk, range(len(chunk)))
+            logits = np.empty((len(chunk), n_vocab), np.float32)
+            for i in range(len(chunk)):
+                logits[i] = np.ctypeslib.as_array(self._api.llama_get_logits_ith(self._handle, i), (n_vocab,))
+            yield logits
+
     def clear(self) -> None:
         """Forget every token: the weights changed, so their keys and values no longer hold."""
         self._ticket += 1
@@ -157,7 +184,17 @@ class LlamaBackend:
     def _keep_beginning_of(self, tokens: Sequence[int]) -> int:
         """Drop what `tokens` does not begin with from the cache; returns how many tokens stay, fewer than given."""
         n_common = _common_beginning(self._tokens, tokens[:-1])
-        n_batches = bisect.bisect_right(self._ends, n_common)
+        return self._keep(bisect.bisect_right(self._ends, n_common))
+
+    def _keep_batches_of(self, tokens: Sequence[int]) -> int:
+        """As `_keep_beginning_of`, but only batches that `tokens` alone would have made; maybe all of them."""
+        n_common = _common_beginning(self._tokens, tokens)
+        ends = [*range(_BATCH, len(tokens), _BATCH), len(tokens)]
+        same = (found == wanted <= n_common for found, wanted in zip(self._ends, ends, strict=False))
+        return self._keep(sum(itertools.takewhile(bool, same)))
+
+    def _keep(self, n_batches: int) -> int:
+        """Drop all but the first batches from the cache; returns how many tokens stay."""
         kept = self._ends[n_batches - 1] if n_batches else 0
         if kept == len(self._tokens) and self._cache_is_known:
             return kept

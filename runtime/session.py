@@ -34,6 +34,7 @@ from persona_edge.runtime.fair_lock import FairLock
 from persona_edge.runtime.generation import generate_pieces
 from persona_edge.runtime.llama_backend import LlamaBackend
 from persona_edge.runtime.llama_weights import LlamaModel, find_tensors, weights_digest
+from persona_edge.runtime.probabilities import log_p_of_targets, log_softmax
 from persona_edge.runtime.switcher import PersonaProgram, Switcher, WeightTensor, compile_program
 from persona_edge.runtime.values import Completion, FinishReason, Message, SamplingOptions, SwitchReport
 from persona_edge.sketch import check_identity
@@ -181,6 +182,23 @@ class PersonaRuntime:
         with self._lock:
             self._check_open()
             return self._backend.logits(tokens)
+
+    def log_probabilities(self, tokens: Sequence[int], n_scored: int) -> NDArray[np.float64]:
+        """Natural log-probability of each of the last `n_scored` of `tokens`, given those before it, (n_scored,).
+
+        Other endings of the same beginning are cheap when they are asked for next: the beginning stays in the KV cache.
+        Raises InputError unless 1 <= n_scored < len(tokens).
+        """
+        targets = np.array(tokens[len(tokens) - n_scored :], dtype=np.int64)
+        with self._lock:
+            self._check_open()
+            return log_p_of_targets(self._backend.scored_logits(tokens, n_scored), targets)
+
+    def log_distributions(self, tokens: Sequence[int], n_scored: int) -> NDArray[np.float32]:
+        """Log-probabilities of the whole vocabulary for each of the last `n_scored` tokens, (n_scored, n_vocab)."""
+        with self._lock:
+            self._check_open()
+            return np.concatenate([log_softmax(part) for part in self._backend.scored_logits(tokens, n_scored)])
 
     def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Token ids; `add_special` adds BOS where the model wants it, `parse_special` reads control tokens' names."""
