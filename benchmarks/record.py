@@ -15,7 +15,7 @@ import numpy as np
 
 from persona_edge import __version__
 from persona_edge.doctor import installed_version
-from persona_edge.machine import usable_cores
+from persona_edge.machine import cpu_model, system_name, total_memory, usable_cores
 
 __all__ = ["Conditions", "Result", "Spread", "Table", "conditions", "markdown", "write"]
 
@@ -77,10 +77,10 @@ def conditions(arguments: Sequence[str]) -> Conditions:
     return Conditions(
         command=shlex.join(["python", "-m", "benchmarks", *map(_without_folder, arguments)]),
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        cpu=_cpu_model(),
+        cpu=cpu_model(),
         cores=usable_cores(),
-        memory_bytes=_memory(),
-        system=_system(),
+        memory_bytes=total_memory(),
+        system=system_name(),
         versions={"python": platform.python_version(), **versions, "persona-edge": __version__},
     )
 
@@ -128,30 +128,3 @@ def _without_folder(argument: str) -> str:
     if equals and option.startswith("-"):
         return f"{option}={_without_folder(value)}"
     return Path(argument).name if os.sep in argument else argument
-
-
-def _cpu_model() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        text = ""
-    for line in text.splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            return value.strip()
-    return platform.processor() or platform.machine() or "unknown processor"
-
-
-def _memory() -> int | None:
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return None
-
-
-def _system() -> str:
-    try:
-        name = platform.freedesktop_os_release()["PRETTY_NAME"]
-    except (OSError, KeyError):
-        name = f"{platform.system()} {platform.release()}"
-    return f"{name}, {platform.machine()}"

@@ -18,7 +18,7 @@ from persona_edge.masks import PersonaSet
 from persona_edge.modeling import DType, load_torch_model, require_offline
 from persona_edge.persona_sets import load_persona_set
 
-__all__ = ["ExportRequest", "ExportResult", "export"]
+__all__ = ["ExportRequest", "ExportResult", "export", "fingerprint", "weights_of"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def export(
     if request.n_contrasts is not None:
         limited = tuple(item.limit(request.n_contrasts) for item in spec.sets)
         spec = type(spec)(spec.name, limited, spec.personas)
-    weights = _weights(request.model, download_progress)
+    weights = weights_of(request.model, download_progress)
     target = pack_path(weights, spec.name) if request.output is None else request.output
     require_writable(target)
     source = weights if request.original is None else _original(request.original)
@@ -70,7 +70,8 @@ def export(
     return ExportResult(target, write_pack(target, personas), personas)
 
 
-def _weights(argument: str, progress: DownloadProgress | None) -> Path:
+def weights_of(argument: str, progress: DownloadProgress | None = None) -> Path:
+    """The GGUF file, or else the folder of weights, that `argument` stands for; fetched if need be. ModelError."""
     resolved = resolve_model(argument) if progress is None else resolve_model(argument, progress=progress)
     path = resolved.gguf_path or resolved.folder
     if path is None:

@@ -10,7 +10,16 @@ import shutil
 import sysconfig
 from pathlib import Path
 
-__all__ = ["available_memory", "compiler", "cpu_flags", "release_freed_memory", "usable_cores"]
+__all__ = [
+    "available_memory",
+    "compiler",
+    "cpu_flags",
+    "cpu_model",
+    "release_freed_memory",
+    "system_name",
+    "total_memory",
+    "usable_cores",
+]
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
@@ -31,6 +40,32 @@ def cpu_flags() -> frozenset[str] | None:
         if key.strip() in ("flags", "Features"):
             return frozenset(value.split())
     return None
+
+
+def cpu_model() -> str:
+    """The processor as it calls itself, for a record of where something was measured."""
+    for line in (_read(Path("/proc/cpuinfo")) or "").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            return value.strip()
+    return platform.processor() or platform.machine() or "unknown processor"
+
+
+def system_name() -> str:
+    """The operating system with its version, and the machine's kind."""
+    try:
+        name = platform.freedesktop_os_release()["PRETTY_NAME"]
+    except (OSError, KeyError):
+        name = f"{platform.system()} {platform.release()}"
+    return f"{name}, {platform.machine()}"
+
+
+def total_memory() -> int | None:
+    """Bytes of memory that the machine has; None where that cannot be told."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
 
 
 def available_memory() -> int | None:

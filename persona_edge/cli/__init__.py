@@ -47,6 +47,9 @@ class LazyCommand:
 _COMMANDS: Mapping[str, LazyCommand] = {
     "export": LazyCommand("persona_edge.cli.export", "export", "Calibrate a model and write a mask pack of personas."),
     "chat": LazyCommand("persona_edge.cli.chat", "chat", "Talk to a model and switch its persona as you go."),
+    "eval": LazyCommand(
+        "persona_edge.cli.evaluate", "evaluate", "Measure what personas do to a model, and what they cost."
+    ),
     "inspect": LazyCommand("persona_edge.cli.inspect", "inspect", "Show what a mask pack holds and how good it is."),
     "personas": LazyCommand("persona_edge.cli.personas", "personas", "List, show, check and write calibration sets."),
     "models": LazyCommand("persona_edge.cli.models", "models", "List, locate and fetch the models of the catalogue."),

@@ -1,0 +1,209 @@
+"""`persona-edge eval` as one call: a model and persona sets in, a record of all arms and tasks on all engines out.
+
+What can be refused is refused before the minutes of work. An interrupted run goes on from its journal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from persona_edge.cache import file_sha256
+from persona_edge.calibration import Calibrator, Progress, silent
+from persona_edge.contrasts import CalibrationSet
+from persona_edge.downloads import Progress as DownloadProgress
+from persona_edge.effect.arm_context import ARMS_VERSION
+from persona_edge.effect.arm_registry import RUNTIME_ARMS, ArmContext, make_arms
+from persona_edge.effect.eval_plan import (
+    EvalRequest,
+    Section,
+    chosen_arms,
+    chosen_engines,
+    chosen_tasks,
+    sections_of,
+)
+from persona_edge.effect.interfaces import Arm, Engine, EngineName, Task
+from persona_edge.effect.journal import Journal
+from persona_edge.effect.mask_arms import mask_arm_from_pack
+from persona_edge.effect.prompt_arms import base_arm
+from persona_edge.effect.record import ArmRecord, Axis, Record, conditions, merged
+from persona_edge.effect.reports import report_path, write_reports
+from persona_edge.effect.run import PlannedArm, Runner, Subject
+from persona_edge.effect.runtime_engine import RuntimeEngine
+from persona_edge.effect.tables import BASE, REFERENCE
+from persona_edge.effect.task_registry import TaskContext, make_tasks, skipped_tasks
+from persona_edge.effect.torch_engine import TorchEngine
+from persona_edge.errors import InputError
+from persona_edge.export import fingerprint, weights_of
+from persona_edge.exporters.to_gguf import require_writable
+from persona_edge.maskpack import MaskPack
+from persona_edge.modeling import TorchModel, load_torch_model, require_offline
+from persona_edge.sketch import check_identity
+
+__all__ = ["EvalRequest", "evaluate", "finish", "journal_path"]
+
+N_CTX = 2048  # what prompt arms and answers need, with room
+
+
+def journal_path(request: EvalRequest) -> Path:
+    """Where an unfinished evaluation keeps what it has measured."""
+    return report_path(request.output, ".journal.jsonl")
+
+
+def evaluate(
+    request: EvalRequest, progress: Progress = silent, download_progress: DownloadProgress | None = None
+) -> Record:
+    """Measure everything that `request` asks for.
+
+    Every error is a PersonaEdgeError, before the work where that is possible; what goes wrong with one arm or one task
+    is part of the record instead.
+    """
+    arms, notes = chosen_arms(request)
+    chosen_tasks(request)
+    pack = None if request.pack is None else MaskPack.open(request.pack)
+    sections = sections_of(request, pack)
+    require_offline()
+    weights = weights_of(request.model, download_progress)
+    if request.engine != "pytorch" and not weights.is_file():
+        raise InputError(f"the engine runtime needs a .gguf file, and {weights.name} is a folder; use --engine pytorch")
+    require_writable(report_path(request.output, ".json"))
+    model = load_torch_model(weights, name=weights.stem, device=request.device, dtype=request.dtype)
+    if pack is not None:
+        _check_pack(pack, model)
+    return _Evaluation(request, arms, pack, weights=weights, model=model, progress=progress).record(sections, notes)
+
+
+def finish(record: Record, request: EvalRequest) -> tuple[Path, ...]:
+    """Write the reports and return their paths. The journal goes, unless something failed and may be tried again."""
+    paths = write_reports(record, request.output)
+    if not any(arm.error or any(outcome.error for outcome in arm.outcomes) for arm in record.arms):
+        Journal(journal_path(request)).remove()
+    return paths
+
+
+class _Evaluation:
+    def __init__(
+        self,
+        request: EvalRequest,
+        arms: Sequence[str],
+        pack: MaskPack | None,
+        *,
+        weights: Path,
+        model: TorchModel,
+        progress: Progress,
+    ) -> None:
+        self.request, self.arms, self.pack = request, arms, pack
+        self.weights, self.model, self.progress = weights, model, progress
+        self.sha256 = fingerprint(weights)
+        self.subject = Subject(weights.stem if weights.is_file() else weights.name, self.sha256, model.dtype_name)
+        self.journal = Journal(journal_path(request))
+        self.notes: list[str] = []
+
+    @cached_property
+    def context(self) -> ArmContext:
+        """What arms are made from."""
+        return ArmContext(
+            self.model,
+            Calibrator(self.model, self.sha256, progress=self.progress),
+            max_chat_kl=self.request.max_chat_kl,
+            max_perplexity_ratio=self.request.max_perplexity_ratio,
+            seed=self.request.seed,
+            progress=self.progress,
+        )
+
+    def record(self, sections: Sequence[Section], notes: Sequence[str]) -> Record:
+        """Every engine on every section."""
+        arms = [arm for name in chosen_engines(self.request) for arm in self._on_engine(name, sections)]
+        record = Record(
+            model=self.subject.model,
+            fingerprint=self.sha256,
+            axes=tuple(dict.fromkeys(Axis.of(section.axis_set) for section in sections)),
+            arms=tuple(arms),
+            settings=self._settings(sections),
+            conditions=conditions(self.request.command),
+            notes=tuple(dict.fromkeys([*notes, *self.notes])),
+        )
+        return merged([record])  # base was measured once per axis
+
+    def _on_engine(self, name: EngineName, sections: Sequence[Section]) -> Iterator[ArmRecord]:
+        with ExitStack() as stack:
+            engine: Engine = TorchEngine(self.model)
+            if name == "runtime":
+                threads = self.request.n_threads
+                engine = stack.enter_context(RuntimeEngine.open(self.weights, n_ctx=N_CTX, n_threads=threads))
+            runner = Runner(engine, progress=self.progress, subject=self.subject, journal=self.journal)
+            for section in sections:
+                tasks = self._tasks(section)
+                for plan in self._plans(name, section):
+                    yield runner.measure(plan, tasks, Axis.of(section.axis_set))
+
+    def _tasks(self, section: Section) -> list[Task]:
+        names, request = chosen_tasks(self.request), self.request
+        context = TaskContext(section.axis_set, section.spec, request.data, request.items, request.seed)
+        for skipped in skipped_tasks(names, context):
+            reason = skipped.reason.replace(str(request.data), "the data")  # where files lie is nobody's business
+            self.notes.append(f"axis {section.axis_set.axis}, no {skipped.name}: {reason}")
+        return make_tasks(names, context)
+
+    def _plans(self, engine: EngineName, section: Section) -> Iterator[PlannedArm]:
+        for name in self.arms:
+            if name == BASE:
+                yield PlannedArm(BASE, None, 0, base_arm)
+            elif engine == "pytorch" or name in RUNTIME_ARMS:
+                for persona, toward in section.wearers:
+                    yield from self._plan(name, section, persona, toward)
+
+    def _plan(self, name: str, section: Section, persona: str, toward: int) -> Iterator[PlannedArm]:
+        axis_set = section.axis_set
+        if name == REFERENCE and self.pack is not None:
+            make = partial(mask_arm_from_pack, self.pack, persona, toward)
+            yield PlannedArm(name, persona, toward, make, {"pack": self._pack_sha256})
+        elif persona in (axis_set.positive_pole, axis_set.negative_pole):
+            yield PlannedArm(name, persona, toward, partial(self._made, name, axis_set, toward), self._key(axis_set))
+        else:
+            self.notes.append(f"{name} is made for poles, not for compositions such as {persona}")
+
+    def _made(self, name: str, axis_set: CalibrationSet, toward: int) -> Arm:
+        return next(make_arms([name], self.context, axis_set, toward))
+
+    @cached_property
+    def _pack_sha256(self) -> str:
+        return "" if self.request.pack is None else file_sha256(self.request.pack)
+
+    def _key(self, axis_set: CalibrationSet) -> dict[str, object]:
+        """What an arm of this axis is made from."""
+        request, descriptions = self.request, [axis_set.positive_description, axis_set.negative_description]
+        limits = [request.max_chat_kl, request.max_perplexity_ratio]
+        return {
+            "version": ARMS_VERSION,
+            "set": axis_set.content_hash(),
+            "descriptions": descriptions,
+            "limits": limits,
+            "seed": request.seed,
+        }
+
+    def _settings(self, sections: Sequence[Section]) -> dict[str, object]:
+        request = self.request
+        return {
+            "items per task, at most": request.items,
+            "seed": request.seed,
+            "chat KL, at most": request.max_chat_kl,
+            "perplexity ratio, at most": request.max_perplexity_ratio,
+            "number format of PyTorch": self.model.dtype_name,
+            "pack": None if request.pack is None else f"{request.pack.name}, SHA-256 {self._pack_sha256}",
+            "sets": {s.axis_set.axis: f"{s.spec.name}, SHA-256 {s.axis_set.content_hash()}" for s in sections},
+        }
+
+
+def _check_pack(pack: MaskPack, model: TorchModel) -> None:
+    """ModelMismatchError unless the pack was made from these weights."""
+
+    def read(name: str, positions: NDArray[np.uint32]) -> NDArray[np.float32]:
+        return model.layer(name).weights().reshape(-1)[positions]
+
+    check_identity(pack.identity, model.architecture, [layer.shape for layer in model.layers], read)
