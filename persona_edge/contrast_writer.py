@@ -1,8 +1,8 @@
 """Writing a calibration set with a model: ordinary prompts, each answered in the manner of either pole.
 
-A *manner* is a pole's name and the system message that asks for it. For each prompt one pole answers freely, and the
-other has to open with the same two words, in turn, so that openings tell nothing. Pairs that make no contrast are
-dropped (persona_edge.generated_answers); other prompts take their place, and then other answers to the same ones.
+A *manner* is a pole's name and the description by which a system message asks for it. For each prompt one pole answers
+freely, and the other has to open with the same two words, in turn, so that openings tell nothing. Pairs that make no
+contrast are dropped (persona_edge.generated_answers). Other prompts take their place, then other answers to the same.
 
 Every attempt is noted in a journal beside the output at once. The same call goes on from there after an interruption,
 and ends with the same set as one that was never interrupted. The set is written whole or not at all.
@@ -15,7 +15,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -60,10 +60,15 @@ class Speaker(Protocol):
 
 @dataclass(frozen=True)
 class Manner:
-    """A pole: its name, and the system message under which a model answers in its manner."""
+    """A pole: its name, and a description of it that is said to the model ("You are a gruff man of few words.")."""
 
     pole: str
-    system: str
+    description: str
+
+    @property
+    def system(self) -> str:
+        """The system message under which a model answers in this manner."""
+        return f"{self.description} {_PLAINLY}"
 
 
 @dataclass(frozen=True)
@@ -119,24 +124,24 @@ def manner_of_description(pole: str, description: str) -> Manner:
         )
     if not text.casefold().startswith(("you ", "you'", "your ")):
         text = f"You are {text}"
-    return Manner(name, f"{_sentence(text)} {_PLAINLY}")
+    return Manner(name, _sentence(text))
 
 
 def manner_of_card(card: CharacterCard) -> Manner:
     """The manner of a character: description, personality, and a few of its sayings. Long texts are cut at a word."""
-    parts = [f"You are {card.name}.", _cut(card.description, MAX_DESCRIPTION_CHARACTERS)]
+    parts = [f"You are {card.name}.", _cut(card.description, MAX_DESCRIPTION_CHARACTERS // 2)]
     if card.personality:
-        parts.append(f"Personality: {_sentence(_cut(card.personality, MAX_DESCRIPTION_CHARACTERS // 3))}")
+        parts.append(f"Personality: {_sentence(_cut(card.personality, MAX_DESCRIPTION_CHARACTERS // 4))}")
     sayings = [" ".join(saying.split()) for saying in card.sayings]
     if sayings:
         parts.append(f"This is how {card.name} talks: {_cut(' '.join(sayings), _MAX_SAYINGS_CHARACTERS)}")
     text = " ".join(" ".join(part.split()) for part in parts if part)
-    return Manner(checked_name(card.name, "the character"), f"{_sentence(text)} {_PLAINLY}")
+    return Manner(checked_name(card.name, "the character"), _sentence(_cut(text, MAX_DESCRIPTION_CHARACTERS)))
 
 
 def neutral_manner(pole: str = "neutral") -> Manner:
     """The manner of an ordinary assistant."""
-    return Manner(checked_name(pole, "the pole"), f"You are a helpful assistant. {_PLAINLY}")
+    return Manner(checked_name(pole, "the pole"), "You are a helpful assistant.")
 
 
 def journal_path(output: Path) -> Path:
@@ -211,13 +216,21 @@ def _collected(request: WritingRequest, attempts: Sequence[Attempt], output: Pat
     if not contrasts:
         reasons = ", ".join(f"{reason} ({n})" for reason, n in dropped.most_common())
         raise GenerationError(f"none of {len(attempts)} pairs of answers is usable: {reasons}; try a larger model")
-    found = CalibrationSet(output.stem, request.axis, request.positive.pole, request.negative.pole, contrasts)
+    found = CalibrationSet(
+        output.stem,
+        request.axis,
+        request.positive.pole,
+        request.negative.pole,
+        contrasts,
+        request.positive.description,
+        request.negative.description,
+    )
     return WrittenSet(found, len(attempts), dict(dropped.most_common()))
 
 
 def _fingerprint(request: WritingRequest, speaker: Speaker) -> str:
-    """The same for requests that would write the same set."""
-    content: dict[str, Any] = {"speaker": speaker.name, **asdict(request)}
+    """The same for requests that would write the same set, but for its size: attempts do not depend on that."""
+    content: dict[str, Any] = {"speaker": speaker.name, **asdict(replace(request, n_contrasts=0))}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -40,7 +40,7 @@ DropReason = Literal[
 
 _LIST_ITEM: Final = re.compile(r"(?:^|\n|:)\s*(?:\d{1,2}[.)]|[-*•–])\s")
 _SENTENCE_END: Final = re.compile(r"[.!?…。！？]+[\"”’')\]]*(?=\s|$)|[。！？]+")
-_ABBREVIATION: Final = re.compile(r"\b(?:mr|mrs|ms|dr|st|vs|etc|e\.g|i\.e|\w|\d\d)\.$", re.IGNORECASE)
+_ABBREVIATION: Final = re.compile(r"(?<![\w'’])(?:mr|mrs|ms|dr|st|vs|etc|e\.g|i\.e|\w|\d\d)\.$", re.IGNORECASE)
 _REFUSAL: Final = re.compile(
     r"\b(?:as an? (?:ai|artificial|digital|virtual|(?:large )?language)\b"
     r"|(?:i am|i'm) (?:just |only )?an? (?:ai\b|artificial|computer|machine|digital|chatbot|(?:large )?language model)"

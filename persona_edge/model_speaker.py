@@ -24,7 +24,7 @@ class ModelSpeaker:
     An answer that has to open with given words is continued from them, as if the model had begun with them itself.
     """
 
-    def __init__(self, runtime: PersonaRuntime, name: str, *, temperature: float = 0.8) -> None:
+    def __init__(self, runtime: PersonaRuntime, name: str, *, temperature: float = 0.7) -> None:
         """`name` stands for the model where runs are told apart. Raises InputError for a temperature that is none."""
         self.name = f"{name} at temperature {temperature}"
         self._runtime = runtime

@@ -50,7 +50,7 @@ class NewSetRequest:
     n_contrasts: int | None = None
     prompts: Path | None = None
     seed: int = 0
-    temperature: float = 0.8
+    temperature: float = 0.7
     n_threads: int | None = None
     overwrite: bool = False
 
@@ -91,15 +91,19 @@ def _manners(request: NewSetRequest) -> tuple[Manner, Manner]:
 
         character = manner_of_card(load_card(request.card))
         pole = checked_name(request.positive, "--positive") if request.positive is not None else character.pole
-        return Manner(pole, character.system), neutral_manner(request.negative or "neutral")
+        return Manner(pole, character.description), _neutral(request)
     if request.positive is None or request.positive_description is None:
         raise InputError("a described pole needs a name and a description: --positive and --positive-description")
     positive = manner_of_description(request.positive, request.positive_description)
     if request.negative_description is None:
-        return positive, neutral_manner(request.negative or "neutral")
+        return positive, _neutral(request)
     if request.negative is None:
         raise InputError("the described opposite has no name; pass --negative")
     return positive, manner_of_description(request.negative, request.negative_description)
+
+
+def _neutral(request: NewSetRequest) -> Manner:
+    return neutral_manner() if request.negative is None else neutral_manner(request.negative)
 
 
 def _from_model(
@@ -113,7 +117,7 @@ def _from_model(
         raise InputError("the answers are written by a model; pass --model")
     prompts = generation_prompts(request.prompts)
     n_contrasts = request.n_contrasts if request.n_contrasts is not None else min(100, len(prompts))
-    axis = checked_name(request.axis or request.output.stem, "the axis")
+    axis = checked_name(request.axis if request.axis is not None else request.output.stem, "the axis")
     wanted = WritingRequest(axis, positive, negative, prompts, n_contrasts, request.seed)
     wanted.check()
     path = resolve_model(request.model, progress=download_progress).require_gguf()

@@ -137,7 +137,8 @@ def opening_accuracy(contrasts: Sequence[Contrast]) -> float:
 def _amount(contrasts: CalibrationSet, rules: Rules) -> Iterable[Finding]:
     n_calibrated, n_held_out = (len(part) for part in contrasts.split())
     if len(contrasts) < rules.min_contrasts:
-        yield Finding("amount", "error", f"{len(contrasts)} contrasts; write at least {rules.min_contrasts}")
+        n_contrasts = _some(len(contrasts), "contrast", "contrasts")
+        yield Finding("amount", "error", f"{n_contrasts}; write at least {rules.min_contrasts}")
     # A fifth is held out on average, by a hash of each prompt; half of that does not happen unless prompts recur.
     elif n_held_out < rules.min_contrasts / 10 or n_calibrated < 2 * rules.min_contrasts / 3:
         message = f"{n_calibrated} contrasts to calibrate on and {n_held_out} held out; add some with other prompts"
@@ -222,12 +223,20 @@ def _balance(contrasts: CalibrationSet, rules: Rules) -> Iterable[Finding]:
         )
         more = (c.positive if difference > 0 else c.negative for c in contrasts.contrasts)
         yield Finding("negations", "error", message, _numbers(_negates(text) for text in more))
-    for word, n in sorted(_word_differences(contrasts.contrasts).items(), key=lambda item: -abs(item[1])):
-        if abs(n) > rules.max_word_difference * len(contrasts):
-            pole = contrasts.positive_pole if n > 0 else contrasts.negative_pole
-            message = f"{word!r} is in {abs(n)} more answers of {pole}; {_share(rules.max_word_difference, contrasts)}"
-            more = (c.positive if n > 0 else c.negative for c in contrasts.contrasts)
-            yield Finding("telling words", "error", message, _numbers(word in words(text) for text in more))
+    yield from _telling_words(contrasts, rules)
+
+
+def _telling_words(contrasts: CalibrationSet, rules: Rules) -> Iterable[Finding]:
+    by_difference = sorted(_word_differences(contrasts.contrasts).items(), key=lambda item: (-abs(item[1]), item[0]))
+    telling = [(word, n) for word, n in by_difference if abs(n) > rules.max_word_difference * len(contrasts)]
+    if telling:
+        positive, negative = ({word for word, n in telling if n * sign > 0} for sign in (1, -1))
+        poles = {word: contrasts.positive_pole if word in positive else contrasts.negative_pole for word, _ in telling}
+        each = _listed([f"{word!r} in {abs(n)} more answers of {poles[word]}" for word, n in telling])
+        message = f"{each}; {_share(rules.max_word_difference, contrasts)}"
+        pairs = ((words(c.positive), words(c.negative)) for c in contrasts.contrasts)
+        has_some = (not (positive.isdisjoint(p) and negative.isdisjoint(n)) for p, n in pairs)
+        yield Finding("telling words", "error", message, _numbers(has_some))
 
 
 def _near_duplicates(bags: Sequence[frozenset[str]], limit: float) -> list[tuple[int, int]]:

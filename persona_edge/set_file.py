@@ -32,9 +32,9 @@ def renamed(
     """The same contrasts under other names; None keeps a name. InputError when both poles would have one name."""
     found = replace(
         contrasts,
-        axis=checked_name(axis or contrasts.axis, "the axis"),
-        positive_pole=checked_name(positive or contrasts.positive_pole, "the positive pole"),
-        negative_pole=checked_name(negative or contrasts.negative_pole, "the negative pole"),
+        axis=checked_name(contrasts.axis if axis is None else axis, "the axis"),
+        positive_pole=checked_name(contrasts.positive_pole if positive is None else positive, "the positive pole"),
+        negative_pole=checked_name(contrasts.negative_pole if negative is None else negative, "the negative pole"),
     )
     if found.positive_pole.casefold() == found.negative_pole.casefold():
         raise InputError(f"both poles are called {found.positive_pole!r}; give them two names")
@@ -54,5 +54,9 @@ def check_output(path: Path, *, overwrite: bool) -> None:
 def write_set(path: Path, contrasts: CalibrationSet) -> None:
     """Make the set the content of `path`, whole or not at all. Raises OutputError."""
     header = {"axis": contrasts.axis, "positive": contrasts.positive_pole, "negative": contrasts.negative_pole}
+    if contrasts.positive_description:
+        header["positive_description"] = contrasts.positive_description
+    if contrasts.negative_description:
+        header["negative_description"] = contrasts.negative_description
     rows = ({"prompt": c.prompt, "positive": c.positive, "negative": c.negative} for c in contrasts.contrasts)
     write_atomically(path, ((json.dumps(row, ensure_ascii=False) + "\n").encode() for row in (header, *rows)))

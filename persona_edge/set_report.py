@@ -64,6 +64,8 @@ def show_lines(spec: PersonaSpec, n_shown: int, seed: int, width: int) -> Iterat
         yield ""
         yield _printable(f"{item.axis}: {item.positive_pole} against {item.negative_pole}; {counts}")
         names = (item.positive_pole, item.negative_pole)
+        for name, text in zip(names, (item.positive_description, item.negative_description), strict=True):
+            yield from textwrap.wrap(_printable(f"{name}: {text}"), width, subsequent_indent="  ") if text else ()
         for contrast in item.limit(n_shown, seed).contrasts:
             yield ""
             yield from _contrast_lines(contrast, names, max(width, 40))

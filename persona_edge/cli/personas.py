@@ -81,7 +81,7 @@ def check(context: click.Context, *, name: str, n_contrasts: int | None, any_len
 @click.option("--contrasts", "n_contrasts", type=click.IntRange(min=1), help="How many to write.  [default: 100]")
 @click.option("--prompts", metavar="FILE", type=_FILE, help='JSONL of {"prompt": ...}.  [default: 156 ordinary ones]')
 @click.option("--seed", default=0, show_default=True, help="Other prompts first, and other answers.")
-@click.option("--temperature", default=0.8, show_default=True, help="How freely the answers are chosen.")
+@click.option("--temperature", default=0.7, show_default=True, help="How freely the answers are chosen.")
 @click.option("--threads", "n_threads", type=int, help="CPU threads.  [default: the physical cores]")
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it exists.")
 def new(**options: Any) -> None:
