@@ -46,7 +46,7 @@ def effect_plot(record: Record) -> str | None:
         figure.legend(handles=handles, loc="lower center", ncols=min(5, len(handles)), frameon=False)
         figure.tight_layout(rect=(0, 0.09 if n_rows == 1 else 0.05, 1, 1))
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
         pyplot.close(figure)
     text = buffer.getvalue()
     return text[text.index("<svg") :]
