@@ -369,7 +369,7 @@ class TestModelSpeaker:
             written = write_contrasts(request, ModelSpeaker(runtime, "smollm2"), tmp_path / "gruff.jsonl")
         assert load_contrasts(tmp_path / "gruff.jsonl") == written.contrasts
         assert len(written.contrasts) == 2
-        rules = set_checker.Rules(min_contrasts=2, max_word_difference=1, max_negation_difference=1)
+        rules = set_checker.Rules(1, max_mean_difference=0.25, max_word_difference=1, max_negation_difference=1)
         found = {finding.rule for finding in set_checker.check_set(written.contrasts, rules)}
         assert found <= {"amount", "related names"}
 
