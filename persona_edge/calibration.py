@@ -112,6 +112,11 @@ class Calibrator:
             "seed": settings.seed,
         }
 
+    @property
+    def model_key(self) -> Mapping[str, object]:
+        """What identifies the model as it computes here: its weights, number format and layers; and the seed."""
+        return dict(self._base_key)
+
     def margins(self, calibration_set: CalibrationSet) -> Statistics:
         """Margin statistics of all contrasts of `calibration_set`; give it the calibration part of a split."""
         pairs = [encode_contrast(self.model.tokenizer, c, i) for i, c in enumerate(calibration_set.contrasts)]

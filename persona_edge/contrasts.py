@@ -4,7 +4,8 @@ A *contrast* is a prompt with two answers: the one that the positive pole would 
 would give. `load_contrasts` reads three kinds of file and tells them apart by their content:
 
     JSONL       {"prompt": ..., "positive": ..., "negative": ...}, optionally after a first line that names the poles:
-                {"axis": "EI", "positive": "E", "negative": "I"}
+                {"axis": "EI", "positive": "E", "negative": "I"}, and may describe them for system prompts:
+                "positive_description", "negative_description"
     CSV         with the header question,matching,not_matching
     statements  JSONL {"statement": ..., "label_matching": " Yes", "label_not_matching": " No"}
 
@@ -75,13 +76,18 @@ class Example:
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """The contrasts of one axis, and the names of the axis and its poles."""
+    """The contrasts of one axis, and the names of the axis and its poles.
+
+    A description says in a few sentences, to the model, how a pole is ("You plan ahead …"); it may be empty.
+    """
 
     name: str
     axis: str
     positive_pole: str
     negative_pole: str
     contrasts: tuple[Contrast, ...]
+    positive_description: str = ""
+    negative_description: str = ""
 
     def __len__(self) -> int:
         return len(self.contrasts)
@@ -113,7 +119,8 @@ class CalibrationSet:
         return self._with(tuple(c for c in self.contrasts if c in chosen))
 
     def content_hash(self) -> str:
-        """SHA-256, in hexadecimal, of the axis, its poles and the contrasts in order; not of the set's name."""
+        """SHA-256, in hexadecimal, of the axis, its poles and the contrasts in order; not of the set's name nor of the
+        descriptions, which no mask depends on."""
         content = {
             "axis": self.axis,
             "poles": [self.positive_pole, self.negative_pole],
@@ -151,7 +158,15 @@ def parse_contrasts(data: bytes, *, name: str, source: str) -> CalibrationSet:
         numbered = [(record.line, _two_answers(record, CSV_HEADER)) for record in _csv_records(text, source)]
     if not numbered:
         raise CalibrationError(f"{source}: no contrasts; add at least one after the header")
-    return CalibrationSet(name, poles.axis, poles.positive, poles.negative, _without_repeats(numbered, source))
+    return CalibrationSet(
+        name,
+        poles.axis,
+        poles.positive,
+        poles.negative,
+        _without_repeats(numbered, source),
+        poles.positive_description,
+        poles.negative_description,
+    )
 
 
 def load_examples(path: str | Path) -> tuple[Example, ...]:
@@ -212,13 +227,21 @@ class _Poles:
     axis: str
     positive: str
     negative: str
+    positive_description: str = ""
+    negative_description: str = ""
 
 
 def _poles(record: _Record) -> _Poles:
-    poles = _Poles(record.text("axis", 64), record.text("positive", 64), record.text("negative", 64))
+    names = [record.text(key, 64) for key in ("axis", "positive", "negative")]
+    poles = _Poles(*names, *(_description(record, side) for side in ("positive", "negative")))
     if poles.positive == poles.negative:
         raise record.error(f"both poles are called {poles.positive!r}; give them two names")
     return poles
+
+
+def _description(record: _Record, side: str) -> str:
+    key = f"{side}_description"
+    return record.text(key, MAX_PROMPT_CHARACTERS) if key in record.fields else ""
 
 
 def _contrast(record: _Record) -> Contrast:

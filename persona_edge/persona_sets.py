@@ -11,7 +11,7 @@ import itertools
 import os
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -101,8 +101,14 @@ def _load_shipped(shipped: ShippedSet) -> PersonaSpec:
 
 
 def _load_axis(axis: str) -> CalibrationSet:
-    file = _index()["axes"][axis]["file"]
-    return parse_contrasts(_shipped_file(file), name=Path(file).stem, source=file)
+    entry = _index()["axes"][axis]
+    found = parse_contrasts(_shipped_file(entry["file"]), name=Path(entry["file"]).stem, source=entry["file"])
+    described = entry.get("descriptions", {})
+    return replace(
+        found,
+        positive_description=described.get(found.positive_pole, found.positive_description),
+        negative_description=described.get(found.negative_pole, found.negative_description),
+    )
 
 
 def _personas(sets: tuple[CalibrationSet, ...], compose: bool) -> Mapping[str, tuple[str, ...]]:
