@@ -96,19 +96,19 @@ def _margins(engine: Engine, arm: Arm, contrasts: tuple[Contrast, ...]) -> Float
 class TypeAnswersTask:
     """Answers of types to questions about themselves. `questions` maps a question to its answer by each type.
 
-    `poles` are the letters of the axis in question (E, I), None where only compositions are measured.
+    `poles` are the letters of the axis in question, such as E and I.
     """
 
     name: str
     questions: Mapping[str, Mapping[str, str]]
-    poles: tuple[str, str] | None
+    poles: tuple[str, str]
     kind: Literal["persona"] = "persona"
     _base: Floats | None = field(default=None, init=False, repr=False)
 
     @property
     def settings(self) -> Settings:
         """Number of questions, the cut, and a digest of the texts and poles."""
-        data = digest([list(self.poles or ()), {q: dict(by_type) for q, by_type in self.questions.items()}])
+        data = digest([list(self.poles), {q: dict(by_type) for q, by_type in self.questions.items()}])
         return {"n_items": len(self.questions), "max_tokens": MAX_ANSWER_TOKENS, "data": data}
 
     def prepare(self, engine: Engine) -> None:
@@ -116,15 +116,13 @@ class TypeAnswersTask:
         self._base = self._levels(engine, None)
 
     def measure(self, engine: Engine, arm: Arm) -> TaskResult:
-        """The measures that fit: of the axis, and of the arm's own type when it is one of the sixteen."""
+        """Of the axis; and of the arm's own type, when it is one of the sixteen."""
         assert self._base is not None, "prepare comes first"
         gains = self._centred(self._levels(engine, arm) - self._base)
         types = np.array([name for by_type in self.questions.values() for name in by_type])
-        measures = []
-        if self.poles is not None:
-            positive, negative = (np.array([pole in name for name in types]) for pole in self.poles)
-            values = auc_values(gains[positive], gains[negative])
-            measures.append(Items("positive pole's types gain more", values, "AUC", "positive"))
+        positive, negative = (np.array([pole in name for name in types]) for pole in self.poles)
+        values = auc_values(gains[positive], gains[negative])
+        measures = [Items("types with positive gain more", values, "AUC", "positive")]
         if arm.pole in types:
             measures += self._own_type(gains, str(arm.pole))
         return TaskResult(self.name, tuple(measures))
@@ -168,12 +166,12 @@ def _held_out(axis: CalibrationSet, n: int, seed: int) -> tuple[Contrast, ...]:
     return axis.split()[1].limit(n, seed).contrasts
 
 
-def type_answers_task(folder: Path, poles: tuple[str, str] | None, n: int, seed: int) -> TypeAnswersTask:
+def type_answers_task(folder: Path, poles: tuple[str, str], n: int, seed: int) -> TypeAnswersTask:
     """`n` questions of TYPE_FILE that at least twelve of the types answer; answers that name a type are left out."""
     questions: dict[str, dict[str, str]] = {}
     for row in read_rows(folder / TYPE_FILE, ("type", "instruction", "output", "names_a_type")):
         if not row["names_a_type"] and row["output"].strip():
             questions.setdefault(row["instruction"].strip(), {}).setdefault(row["type"], row["output"].strip())
     asked = [(question, by_type) for question, by_type in questions.items() if len(by_type) >= 12]
-    name = "self-descriptions (other author)" if poles is None else f"self-descriptions {''.join(poles)} (other author)"
+    name = f"self-descriptions: {''.join(poles)} (other author)"
     return TypeAnswersTask(name, dict(draw(asked, n, seed)), poles)

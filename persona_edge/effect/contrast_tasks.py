@@ -98,7 +98,7 @@ class UnpairedAnswers:
         return TaskResult(
             self.name,
             (
-                Items("positive gains more", auc_values(positive, negative), "AUC", "positive"),
+                Items("answers of positive gain more", auc_values(positive, negative), "AUC", "positive"),
                 Items("gain of positive answers", positive, PER_TOKEN, "neutral"),
                 Items("gain of negative answers", negative, PER_TOKEN, "neutral"),
             ),

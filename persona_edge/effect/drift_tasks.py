@@ -12,6 +12,7 @@ time; rounding adds about 1e-6 nats.
 from __future__ import annotations
 
 import tempfile
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,7 +104,8 @@ class _RecordedBase:
     """Distributions of the unmodified model, (n_scored, n_vocab) per text, float16 in a temporary file."""
 
     def __init__(self, engine: Engine, texts: Sequence[EncodedText]) -> None:
-        self._file = tempfile.TemporaryFile(prefix="persona-edge-")  # noqa: SIM115 - open as long as this is in use
+        self._file = tempfile.TemporaryFile(prefix="persona-edge-")  # noqa: SIM115 - open as long as self is
+        self._close = weakref.finalize(self, self._file.close)
         self._shapes: list[tuple[int, int]] = []
         self._offsets: list[int] = []
         for log_p in engine.distributions(texts):
@@ -119,8 +121,8 @@ class _RecordedBase:
         return data.reshape(n, n_vocab).astype(np.float32)
 
     def close(self) -> None:
-        """Delete the file."""
-        self._file.close()
+        """Delete the file, as the end of this object does."""
+        self._close()
 
 
 def kl_divergence(before: NDArray[np.float32], after: NDArray[np.float32]) -> Floats:

@@ -74,12 +74,12 @@ class RoleTask:
         levels = self._levels(engine, arm)
         gains = levels - self._base
         measures = [
-            Items("positive role's answer gains most", self._identified(gains, self.positive), SHARE, "positive"),
-            Items("positive role's answer likeliest", self._identified(levels, self.positive), SHARE, "positive"),
+            Items("answer of positive gains most", self._identified(gains, self.positive), SHARE, "positive"),
+            Items("answer of positive likeliest", self._identified(levels, self.positive), SHARE, "positive"),
         ]
         if any(self.negative in item.roles for item in self.items):
             other = self._identified(gains, self.negative)
-            measures.append(Items("negative role's answer gains most", other, SHARE, "neutral"))
+            measures.append(Items(f"answer of {self.negative} gains most", other, SHARE, "neutral"))
         return TaskResult(self.name, tuple(measures))
 
     def _levels(self, engine: Engine, arm: Arm | None) -> Floats:

@@ -4,6 +4,10 @@ A model that says yes to everything, or prefers the first option, has no trait. 
 in both orders, and scores are taken relative to the midpoint of items keyed for the trait and items keyed against it
 (`bias_free_values`). Nothing is generated: options are scored by their probability as the answer.
 
+Small models cannot answer five-point items: a 135M model gives every item the same distribution, whatever it is told
+about itself. So items are also put to a model in the one way that every language model understands, as something it
+might say (`spoken_items`): do items keyed for the pole gain more likelihood, as answers, than items keyed against it?
+
 Traits stand for poles as the literature relates them (McCrae & Costa, 1989): E is extraversion, N is openness, F is
 agreeableness, J is conscientiousness; the opposite poles are their low ends.
 """
@@ -20,11 +24,21 @@ from numpy.typing import NDArray
 
 from persona_edge.contrasts import CalibrationSet
 from persona_edge.effect.answer_levels import Turn, answer_levels
+from persona_edge.effect.contrast_tasks import UnpairedAnswers
 from persona_edge.effect.eval_data import digest, draw, read_rows
 from persona_edge.effect.interfaces import SHARE, Arm, Engine, Items, TaskResult
 from persona_edge.effect.item_values import auc_values, bias_free_values
 
-__all__ = ["LikertTask", "Statement", "StatementTask", "likert_task", "statement_task", "statement_topics", "trait_of"]
+__all__ = [
+    "LikertTask",
+    "Statement",
+    "StatementTask",
+    "likert_task",
+    "spoken_items",
+    "statement_task",
+    "statement_topics",
+    "trait_of",
+]
 
 # Pole -> files of yes/no statements of which one who is of that pole says yes to the matching ones.
 STATEMENT_FILES: Final[Mapping[str, tuple[str, ...]]] = {
@@ -50,6 +64,7 @@ YES_NO: Final = (
     'Is the following statement something you would say? "{text}" Answer No or Yes.',
 )
 LEVELS: Final = ("very inaccurate", "moderately inaccurate", "neither", "moderately accurate", "very accurate")
+SELF_PROMPT: Final = "Tell me something about yourself."
 LETTERS: Final = ("A", "B", "C", "D", "E")
 Floats = NDArray[np.float64]
 
@@ -200,6 +215,12 @@ def likert_task(folder: Path, trait: str, sign: int) -> LikertTask:
         if row["trait"] == trait
     ]
     return LikertTask(f"questionnaire: {trait}", tuple(statements))
+
+
+def spoken_items(task: LikertTask | StatementTask) -> UnpairedAnswers:
+    """The statements of `task` as answers to a question about oneself."""
+    sides = [tuple((SELF_PROMPT, s.text) for s in task.statements if s.key == key) for key in (1, -1)]
+    return UnpairedAnswers(f"{task.name}, said of oneself", sides[0], sides[1])
 
 
 def _keys(statements: Sequence[Statement]) -> NDArray[np.int64]:

@@ -110,8 +110,11 @@ def _statements(name: str, context: TaskContext) -> list[Made]:
     made: list[Made] = []
     for topic, sign in topics:
         absent = _absent(name, context, f"anthropic_persona/{topic}.jsonl")
-        folder, n = context.data, context.n_items
-        made.append(absent or statement_tasks.statement_task(folder or Path(), topic, sign, n, context.seed))
+        if absent is not None:
+            made.append(absent)
+            continue
+        task = statement_tasks.statement_task(_folder(context), topic, sign, context.n_items, context.seed)
+        made += [task, statement_tasks.spoken_items(task)]
     return made
 
 
@@ -120,7 +123,10 @@ def _questionnaire(name: str, context: TaskContext) -> list[Made]:
     if trait is None:
         return [Skipped(name, f"no trait of the Big Five stands for the axis {context.axis_set.axis}")]
     absent = _absent(name, context, "mbti/ipip_neo_120_items.jsonl")
-    return [absent or statement_tasks.likert_task(_folder(context), *trait)]
+    if absent is not None:
+        return [absent]
+    task = statement_tasks.likert_task(_folder(context), *trait)
+    return [task, statement_tasks.spoken_items(task)]
 
 
 def _self_descriptions(name: str, context: TaskContext) -> list[Made]:
@@ -138,14 +144,6 @@ def _compositions(name: str, context: TaskContext) -> list[Made]:
     if spec is None or len(spec.sets) < 2:
         return [Skipped(name, "the persona set has one axis; there is nothing to compose")]
     return [composition_task.composition_task(spec, max(context.n_items // 2, 1), context.seed)]
-
-
-def _own_types(name: str, context: TaskContext) -> list[Made]:
-    if context.spec is None or not any(len(poles) == 4 for poles in context.spec.personas.values()):
-        return [Skipped(name, "the persona set composes no types")]
-    absent = _absent(name, context, composition_task.TYPE_FILE)
-    n = max(context.n_items // 4, 1)
-    return [absent or composition_task.type_answers_task(_folder(context), None, n, context.seed)]
 
 
 def _roles(name: str, context: TaskContext) -> list[Made]:
@@ -214,7 +212,6 @@ _MAKERS: Final[Mapping[str, Callable[[str, TaskContext], list[Made]]]] = {
     "self_descriptions": _self_descriptions,
     "roles": _roles,
     "compositions": _compositions,
-    "own_types": _own_types,
     "wikitext": _wikitext,
     "web_kl": _web_kl,
     "chat_kl": _chat_kl,
