@@ -1,6 +1,6 @@
 """The offline line in one place: a model and a persona set in, personas with their masks and quality report out.
 
-    statistics (calibration.py) -> scores and ranking (pole_masks.py) -> budget by measured drift (budget_search.py)
+    statistics (calibration.py) -> ranking (pole_masks.py) -> steps up to the limits on drift (growth.py)
     -> planes -> report on held-out data (evaluation.py) -> PersonaSet
 
 Each pole's budget is the largest whose drift on held-out neutral text stays within the limits. Every measured number is
@@ -11,29 +11,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
 from persona_edge import __version__
-from persona_edge.budget_search import BudgetResult, Drift, Trial, search_budget
+from persona_edge.budget_search import Drift
 from persona_edge.calibration import Calibrator
 from persona_edge.contrasts import CalibrationSet
 from persona_edge.encoding import EncodedText, encode_contrast
-from persona_edge.errors import CalibrationError, InputError, SelectionError
+from persona_edge.errors import CalibrationError, InputError
 from persona_edge.evaluation import BaseBehaviour, MarginResult, margins, mean_kl, measure_base
+from persona_edge.growth import Grown, Growth, Limits, fixed, planes_digest
 from persona_edge.masked_model import masked
 from persona_edge.masks import Granularity, PersonaSet, Plane, Pole
 from persona_edge.persona_sets import PersonaSpec
-from persona_edge.pole_masks import Gates, Method, PlaneMaker, Side, fisher_planes, paper_planes, tensor_damage
+from persona_edge.pole_masks import Gates, Method, PlaneMaker, Side, fisher_planes, paper_planes, tensor_damages
 from persona_edge.statistics import Statistics
 from persona_edge.tensor_filter import filter_tensors
 
 __all__ = ["BuildSettings", "build_personas"]
-
-FIRST_BUDGET = 0.002
 
 
 @dataclass(frozen=True)
@@ -41,8 +39,9 @@ class BuildSettings:
     """How masks are made.
 
     Limits, per pole, on held-out neutral text: `max_perplexity_ratio` (masked / base) and `max_chat_kl` (nats per
-    token). `budget` (nats per token) or `density` (share of units) fixes the amount instead of searching for it; the
-    paper's methods need `density`.
+    token). `budget` (nats per token) or `density` (share of units) fixes the amount instead of searching for it, and is
+    spent in one step; the paper's methods need `density`. `n_steps` is how often benefits are measured, each time but
+    the first on `step_contrasts` contrasts and with the mask so far (growth.py).
     """
 
     method: Method = "contrastive-fisher"
@@ -56,7 +55,9 @@ class BuildSettings:
     include: Sequence[str] = field(default=())
     exclude: Sequence[str] = field(default=())
     layers: str | None = None
-    search_steps: int = 6
+    n_steps: int = 3
+    step_contrasts: int = 64
+    search_trials: int = 6
 
     def check(self) -> None:
         """InputError when the settings contradict each other."""
@@ -64,6 +65,8 @@ class BuildSettings:
             raise InputError("give --budget or --density, not both")
         if self.method != "contrastive-fisher" and self.density is None:
             raise InputError(f"--method {self.method} suppresses a share of the weights; give --density, such as 0.3")
+        if self.n_steps < 1 or self.step_contrasts < 1 or self.search_trials < 1:
+            raise InputError("a mask needs at least 1 step, 1 contrast in each and 1 trial of the budget search")
 
 
 @dataclass(frozen=True)
@@ -106,13 +109,8 @@ class _Builder:
         self.model = calibrator.model
         all_names = [layer.name for layer in calibrator.layers]
         self.names = filter_tensors(all_names, settings.include, settings.exclude, settings.layers)
-        self.damage: dict[str, Any] = {}
-        self._start = FIRST_BUDGET
 
     def build(self) -> PersonaSet:
-        if self.settings.method == "contrastive-fisher":
-            statistics = self.calibrator.damage()
-            self.damage = tensor_damage(self.model, self.names, statistics, granularity=self.settings.granularity)
         poles: list[Pole] = []
         reports: dict[str, Any] = {}
         for axis_set in self.spec.sets:
@@ -133,14 +131,20 @@ class _Builder:
             ("negative", axis_set.negative_pole),
         )
         for side, name in sides:
-            maker = self._maker(statistics, side)
-            planes, search = self._planes(maker, name)
-            effect = self._margins(held_out, planes)
-            pole = Pole(name, axis_set.axis, planes)
-            made.append(
-                (pole, self._pole_report(axis_set, side, planes=planes, search=search, base=base, effect=effect))
-            )
+            grown = self._grow(calibration, statistics, side, name)
+            effect = self._margins(held_out, grown.planes)
+            pole = Pole(name, axis_set.axis, grown.planes)
+            made.append((pole, self._pole_report(axis_set, side, grown=grown, base=base, effect=effect)))
         return made
+
+    def _grow(self, calibration: CalibrationSet, statistics: Statistics, side: Side, name: str) -> Grown:
+        """The planes at the amount asked for, or as many as the limits allow."""
+        settings = self.settings
+        amount = settings.budget if settings.density is None else settings.density
+        if amount is None:
+            return self._growth.grow(calibration, statistics, side, name)
+        planes = self._maker(statistics, side)(amount)
+        return fixed(planes, amount, self._drift(planes))
 
     def _maker(self, statistics: Statistics, side: Side) -> PlaneMaker:
         settings = self.settings
@@ -148,41 +152,34 @@ class _Builder:
             return paper_planes(
                 self.model, self.names, statistics, method=settings.method, side=side, gate=settings.suppress_gate
             )
-        gates = Gates(settings.suppress_gate, settings.amplify_gate)
-        ranked = fisher_planes(statistics, self.damage, side, gates, settings.granularity)
+        damage = self._growth.damages.weighted(1.0, self._limits.chat_weight)
+        ranked = fisher_planes(statistics, damage, side, self._gates, settings.granularity)
         return ranked.take_density if settings.density is not None else ranked.take
 
-    def _planes(self, maker: PlaneMaker, label: str) -> tuple[tuple[Plane, ...], BudgetResult]:
-        """The planes at the amount asked for, or at the largest budget within the limits."""
-        fixed = self.settings.budget if self.settings.density is None else self.settings.density
-        if fixed is not None:
-            planes = maker(fixed)
-            drift = self._drift(planes)
-            return planes, BudgetResult(fixed, drift, (Trial(fixed, drift, True),))
-        n_steps = self.settings.search_steps
-        done = 0
-
-        def measure(budget: float) -> Drift:
-            nonlocal done
-            self.calibrator.progress(f"budget {label}", done, n_steps)
-            done += 1
-            try:
-                planes = maker(budget)
-            except SelectionError:  # too little for even the best unit: no mask, no drift, look higher
-                return Drift(1.0, 0.0, 0.0)
-            return _cautious(self._drift(planes))
-
-        result = search_budget(
-            measure,
-            start=self._start,
-            max_perplexity_ratio=self.settings.max_perplexity_ratio,
-            max_chat_kl=self.settings.max_chat_kl,
-            n_steps=n_steps,
+    @cached_property
+    def _growth(self) -> Growth:
+        settings = self.settings
+        statistics = self.calibrator.damage()
+        return Growth(
+            self.calibrator,
+            tensor_damages(self.model, self.names, statistics, granularity=settings.granularity),
+            self._drift,
+            limits=self._limits,
+            gates=self._gates,
+            granularity=settings.granularity,
+            n_steps=settings.n_steps,
+            n_trials=settings.search_trials,
+            n_contrasts=settings.step_contrasts,
+            progress=self.calibrator.progress,
         )
-        self.calibrator.progress(f"budget {label}", n_steps, n_steps)
-        self._start = result.budget  # the next pole's is rarely far
-        planes = maker(result.budget)
-        return planes, replace(result, drift=self._drift(planes))
+
+    @property
+    def _limits(self) -> Limits:
+        return Limits(self.settings.max_perplexity_ratio, self.settings.max_chat_kl)
+
+    @property
+    def _gates(self) -> Gates:
+        return Gates(self.settings.suppress_gate, self.settings.amplify_gate)
 
     def _drift(self, planes: Sequence[Plane]) -> Drift:
         def compute() -> object:
@@ -191,7 +188,9 @@ class _Builder:
                 web, chat = mean_kl(self.model, bench.web), mean_kl(self.model, bench.chat)
             return asdict(Drift(web.perplexity_ratio, chat.kl_divergence, web.kl_divergence))
 
-        found = self.calibrator.cached_json("drift", {"mask": _digest(planes), "texts": self._neutral_key}, compute)
+        found = self.calibrator.cached_json(
+            "drift", {"mask": planes_digest(planes), "texts": self._neutral_key}, compute
+        )
         return Drift(**found)  # type: ignore[arg-type]
 
     @cached_property
@@ -215,7 +214,7 @@ class _Builder:
             with masked(self.model, planes):
                 return asdict(margins(self.model, pairs))
 
-        key = {"mask": _digest(planes), "held_out": held_out.content_hash()}
+        key = {"mask": planes_digest(planes), "held_out": held_out.content_hash()}
         return MarginResult(**self.calibrator.cached_json("margins", key, compute))  # type: ignore[arg-type]
 
     def _compositions(self, poles: Sequence[Pole], personas: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
@@ -236,21 +235,21 @@ class _Builder:
         axis_set: CalibrationSet,
         side: Side,
         *,
-        planes: Sequence[Plane],
-        search: BudgetResult,
+        grown: Grown,
         base: MarginResult,
         effect: MarginResult,
     ) -> dict[str, Any]:
-        granularity = planes[0].granularity if planes else self.settings.granularity
+        granularity = grown.planes[0].granularity if grown.planes else self.settings.granularity
         n_units = sum(self.model.layer(n).shape.n_units(granularity) for n in self.names)
         return {
             "axis": axis_set.axis,
             "side": side,
             "calibration_set": {"sha256": axis_set.content_hash(), "n_contrasts": len(axis_set)},
-            "budget_nats": search.budget if self.settings.density is None else None,
-            "share_of_units": sum(plane.n_positions for plane in planes) / n_units,
-            "drift": asdict(search.drift),
-            "n_trials": len(search.trials),
+            "budget_nats": grown.budget if self.settings.density is None else None,
+            "share_of_units": sum(plane.n_positions for plane in grown.planes) / n_units,
+            "drift": asdict(grown.drift),
+            "n_trials": grown.n_trials,
+            "n_steps": len(grown.steps),
             # Shares toward the axis's positive pole: a negative pole should lower them.
             "held_out_base": asdict(base),
             "held_out": asdict(effect),
@@ -266,23 +265,3 @@ class _Builder:
             "poles": dict(poles),
             "compositions": dict(compositions),
         }
-
-
-def _cautious(drift: Drift) -> Drift:
-    """`drift` with the larger of the measured perplexity ratio and exp(web KL), which other text would show.
-
-    A persona can make a few held-out passages likelier by their style while it harms text in general; on text that the
-    model itself would write, the expected logarithm of the ratio is the KL divergence.
-    """
-    expected = math.exp(drift.web_kl or 0.0)
-    return replace(drift, perplexity_ratio=max(drift.perplexity_ratio, expected))
-
-
-def _digest(planes: Sequence[Plane]) -> str:
-    """SHA-256 of exactly what a mask is, so that no measurement is ever taken for another mask's."""
-    digest = hashlib.sha256()
-    for plane in planes:
-        for name, positions in plane.positions.items():
-            digest.update(json.dumps([name, plane.gate, plane.granularity, len(positions)]).encode())
-            digest.update(positions.astype("<u4").tobytes())
-    return digest.hexdigest()

@@ -15,11 +15,11 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from persona_edge.cache import cache_folder, writing_to
-from persona_edge.collect import collect_damage, collect_margins
+from persona_edge.collect import Focus, collect_damage, collect_margins
 from persona_edge.contrasts import CalibrationSet
 from persona_edge.encoding import EncodedText, batches, encode_chat, encode_contrast, encode_text
 from persona_edge.errors import CalibrationError
@@ -117,17 +117,29 @@ class Calibrator:
         """What identifies the model as it computes here: its weights, number format and layers; and the seed."""
         return dict(self._base_key)
 
-    def margins(self, calibration_set: CalibrationSet) -> Statistics:
-        """Margin statistics of all contrasts of `calibration_set`; give it the calibration part of a split."""
+    def margins(
+        self, calibration_set: CalibrationSet, *, focus: Focus | None = None, mask: str = "", label: str = ""
+    ) -> Statistics:
+        """Margin statistics of all contrasts of `calibration_set`; give it the calibration part of a split.
+
+        On a masked model, `mask` says which mask is on (planes_digest), so that the cache knows; `focus` weighs the
+        contrasts. `label` is what progress is told.
+        """
         pairs = [encode_contrast(self.model.tokenizer, c, i) for i, c in enumerate(calibration_set.contrasts)]
         groups = contrast_batches(pairs, max_tokens=self.settings.max_batch_tokens)
         granularity = self.settings.granularity
-        key = {"what": "margins", "set": calibration_set.content_hash(), "granularity": granularity}
+        key: dict[str, object] = {
+            "what": "margins",
+            "set": calibration_set.content_hash(),
+            "granularity": granularity,
+        }
+        if focus is not None or mask:
+            key.update(mask=mask, focus=None if focus is None else asdict(focus))
 
         def one(i: int) -> Statistics:
-            return collect_margins(self.model, self.layers, groups[i], granularity=granularity)
+            return collect_margins(self.model, self.layers, groups[i], granularity=granularity, focus=focus)
 
-        return self._sum(f"contrasts {calibration_set.axis}", "margin", key, [len(g) for g in groups], one)
+        return self._sum(label or f"contrasts {calibration_set.axis}", "margin", key, [len(g) for g in groups], one)
 
     def damage(self) -> DamageStatistics:
         """Damage statistics on the shipped neutral passages and on the model's answers to the neutral prompts."""

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 from persona_edge.denormals import denormals_flushed
 from persona_edge.encoding import Batch
@@ -25,7 +26,7 @@ from persona_edge.statistics import Statistics, merge
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["collect_damage", "collect_margins"]
+__all__ = ["Focus", "collect_damage", "collect_margins"]
 
 ForwardConsumer = Callable[[LinearLayer, "torch.Tensor"], None]
 BackwardConsumer = Callable[[LinearLayer, "torch.Tensor", "torch.Tensor", "torch.Tensor"], None]
@@ -33,6 +34,25 @@ CHUNK_TOKENS = 128
 # The gates' own Fisher costs ten times the rest of a batch; a fifth of the tokens estimates it as well. Odd, because
 # neutral texts are cut to even lengths: a divisor would take each one's first token, the oddest of all, every time.
 GATE_TOKEN_STRIDE = 5
+
+
+@dataclass(frozen=True)
+class Focus:
+    """Which contrasts still count while a mask grows: those that the pole has not won yet.
+
+    A contrast of margin m weighs sigmoid(sharpness (enough - toward m)): nearly 1 while the other pole's answer is
+    likelier, nearly 0 once the own answer leads by far more than `enough` nats per token. `toward` is +1 for the
+    axis's positive pole and -1 for the negative one. It is the derivative of the logistic loss that preference tuning
+    minimises (Rafailov et al., 2023, arXiv:2305.18290), without its reference model.
+    """
+
+    toward: Literal[1, -1]
+    enough: float = 0.5
+    sharpness: float = 2.0
+
+    def weights(self, margins: torch.Tensor) -> torch.Tensor:
+        """The weight of each contrast, (n_contrasts,), from margins in nats per token."""
+        return (self.sharpness * (self.enough - self.toward * margins)).sigmoid()
 
 
 class _Sums:
@@ -107,10 +127,13 @@ def collect_margins(
     pairs: Sequence[ContrastPair],
     *,
     granularity: Granularity = 32,
+    focus: Focus | None = None,
 ) -> Statistics:
-    """Margin statistics of one batch of contrasts; see statistics.py for the fields.
+    """Margin statistics of one batch of contrasts on the model as it stands; see statistics.py for the fields.
 
     The margin of a contrast is the mean log-probability of the positive answer's tokens minus the negative's, in nats.
+    With a `focus`, contrasts weigh as it says and channel statistics are left out. On a masked model the derivative of
+    a closed gate is 0, as its weights are.
     """
     import torch
 
@@ -131,11 +154,15 @@ def collect_margins(
         sums.add("gate_gradient", layer.name, gradient)
         sums.add("gate_gradient_square", layer.name, gradient.square() / len(pairs))
 
-    with _watching(layers, channels, gates):
+    with _watching(layers, channels if focus is None else None, gates):
         embeddings = model.model.get_input_embeddings()(batch.tokens).requires_grad_(True)
         logits = packed_logits(model, batch, embeddings)
         log_p = logits.log_softmax(-1).gather(-1, batch.targets[:, None])[:, 0]
-        (log_p * torch.where(batch.is_positive, batch.shares, -batch.shares)).sum().backward()
+        terms = log_p * torch.where(batch.is_positive, batch.shares, -batch.shares)
+        if focus is not None:
+            margins = torch.zeros(len(pairs), device=terms.device).index_add(0, batch.rows, terms.detach())
+            terms = terms * focus.weights(margins)[batch.rows]
+        terms.sum().backward()
     counts = {
         "contrasts": len(pairs),
         "batches": 1,

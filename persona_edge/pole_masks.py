@@ -18,18 +18,28 @@ from persona_edge.errors import InputError
 from persona_edge.masks import Granularity, Plane
 from persona_edge.modeling import TorchModel
 from persona_edge.scores import (
-    combined_damage,
     contrastive_sparse_scores,
     contrastive_wanda_scores,
     gate_fisher_damage,
     kfac_group_damage,
     suppression_benefit,
     wanda_scores,
+    weighted_damage,
 )
 from persona_edge.selection import RankedPlanes, rank_planes, select_by_density, select_top_k_per_row
 from persona_edge.statistics import Statistics
 
-__all__ = ["METHODS", "Method", "PlaneMaker", "Side", "fisher_planes", "paper_planes", "tensor_damage"]
+__all__ = [
+    "METHODS",
+    "Damages",
+    "Gates",
+    "Method",
+    "PlaneMaker",
+    "Side",
+    "fisher_planes",
+    "paper_planes",
+    "tensor_damages",
+]
 
 Method = Literal["contrastive-fisher", "wanda", "contrastive-wanda", "contrastive-sparse"]
 METHODS: tuple[Method, ...] = ("contrastive-fisher", "wanda", "contrastive-wanda", "contrastive-sparse")
@@ -46,38 +56,76 @@ class Gates:
     amplify: float | None = None
 
 
-def tensor_damage(
-    model: TorchModel, names: Sequence[str], statistics: DamageStatistics, *, granularity: Granularity = 32
-) -> dict[str, Floats]:
-    """Damage of closing each gate, nats per token, (n_rows, n_units) per tensor: K-FAC of the worse of web and chat.
+@dataclass(frozen=True)
+class Damages:
+    """Damage of closing each gate by kind of neutral text, nats per token, (n_rows, n_units) per tensor."""
 
-    For groups the gates' own Fisher, again the larger of both, is added where it was gathered (docs/method.md).
+    web: Mapping[str, Floats]
+    chat: Mapping[str, Floats]
+
+    def weighted(self, web: float, chat: float) -> dict[str, Floats]:
+        """The weighted sum of both, in nats per token of web text when `web` is 1."""
+        return {name: weighted_damage((damage, self.chat[name]), (web, chat)) for name, damage in self.web.items()}
+
+    @property
+    def n_units(self) -> int:
+        """All units of the tensors that may be masked."""
+        return sum(damage.size for damage in self.web.values())
+
+
+def tensor_damages(
+    model: TorchModel, names: Sequence[str], statistics: DamageStatistics, *, granularity: Granularity = 32
+) -> Damages:
+    """K-FAC's damage on web text and on chat turns, each with the gates' own Fisher where both texts' was gathered.
+
+    The gates' own Fisher is there for groups only (docs/method.md).
     """
     both = (statistics.web, statistics.chat)
-    inputs = [s.mean("input_square", "tokens") for s in both]
-    outputs = [s.mean("output_gradient_square", "tokens") for s in both]
     with_gates = granularity != 1 and all("gate_gradient_square" in s.sums for s in both)
-    gates = [s.mean("gate_gradient_square", "tokens") for s in both] if with_gates else []
+    web, chat = (_text_damage(model, names, s, granularity, with_gates=with_gates) for s in both)
+    return Damages(web, chat)
+
+
+def _text_damage(
+    model: TorchModel, names: Sequence[str], statistics: Statistics, granularity: Granularity, *, with_gates: bool
+) -> dict[str, Floats]:
+    inputs = statistics.mean("input_square", "tokens")
+    outputs = statistics.mean("output_gradient_square", "tokens")
+    gates = statistics.mean("gate_gradient_square", "tokens") if with_gates else {}
     damage = {}
     for name in names:
-        weights = model.layer(name).weights()
-        kfac = [
-            kfac_group_damage(weights, x[name], y[name], group_size=granularity)
-            for x, y in zip(inputs, outputs, strict=True)
-        ]
-        damage[name] = combined_damage(kfac, [gate_fisher_damage(gate[name]) for gate in gates])
+        kfac = kfac_group_damage(model.layer(name).weights(), inputs[name], outputs[name], group_size=granularity)
+        damage[name] = kfac + gate_fisher_damage(gates[name]) if with_gates else kfac
     return damage
 
 
 def fisher_planes(
-    margins: Statistics, damage: Mapping[str, Floats], side: Side, gates: Gates, granularity: Granularity
+    margins: Statistics,
+    damage: Mapping[str, Floats],
+    side: Side,
+    gates: Gates,
+    granularity: Granularity,
+    *,
+    gated: Sequence[Plane] = (),
 ) -> RankedPlanes:
-    """Units ranked by benefit per damage for one pole (contrastive-fisher); cut it at a budget or a density."""
+    """Units ranked by benefit per damage for one pole (contrastive-fisher); cut it at a budget or a density.
+
+    Units of the planes `gated` stay out. A unit has a price of its own besides its damage, 1 / n_units nats: units with
+    next to no damage and next to no benefit would fill half of the pack for a hundredth of the effect.
+    """
     gradient = margins.mean("gate_gradient", "contrasts")
     sign = np.float32(1 if side == "positive" else -1)
     benefit = {name: suppression_benefit(sign * gradient[name]) for name in damage}
+    for plane in gated:
+        for name, positions in plane.positions.items():
+            benefit[name].ravel()[positions] = 0
     return rank_planes(
-        benefit, damage, suppress_gate=gates.suppress, amplify_gate=gates.amplify, granularity=granularity
+        benefit,
+        damage,
+        suppress_gate=gates.suppress,
+        amplify_gate=gates.amplify,
+        granularity=granularity,
+        epsilon=1 / sum(values.size for values in damage.values()),
     )
 
 

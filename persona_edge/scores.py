@@ -21,7 +21,6 @@ from persona_edge.masks import GROUP_SIZE
 __all__ = [
     "ContrastiveSparse",
     "Phi",
-    "combined_damage",
     "contrastive_fisher_ratio",
     "contrastive_sparse_scores",
     "contrastive_wanda_scores",
@@ -30,6 +29,7 @@ __all__ = [
     "kfac_group_damage",
     "suppression_benefit",
     "wanda_scores",
+    "weighted_damage",
 ]
 
 Floats = NDArray[np.float32]
@@ -182,19 +182,22 @@ def gate_fisher_damage(gate_gradient_second_moment: Floats) -> Floats:
     return _as_float32(0.5 * gate_gradient_second_moment)
 
 
-def combined_damage(kfac: Sequence[Floats], gate_fisher: Sequence[Floats] = ()) -> Floats:
-    """The larger K-FAC damage over the neutral texts plus the larger gate Fisher over them, nats per token.
+def weighted_damage(damages: Sequence[Floats], weights: Sequence[float]) -> Floats:
+    """sum_k weight_k d_k over neutral texts (web, chat, ...), any shape, in the unit of a damage whose weight is 1.
 
-    One array per neutral text (web, chat, ...), all of one shape, which is the result's. Larger, not mean: damage to
-    chat must not hide behind harmlessness on web text. InputError when empty or the shapes disagree.
+    InputError when there are none, the shapes disagree, or a weight is not a finite number of at least 0.
     """
-    if not kfac:
-        raise InputError("combined damage needs the K-FAC damage of at least one neutral text")
-    shapes = {array.shape for array in (*kfac, *gate_fisher)}
+    if not damages or len(damages) != len(weights):
+        raise InputError(f"{len(weights)} weights do not fit the damages of {len(damages)} neutral texts")
+    shapes = {array.shape for array in damages}
     if len(shapes) > 1:
         raise InputError(f"damages of one tensor must have one shape, not {sorted(shapes)}")
-    damage = np.maximum.reduce(kfac)
-    return _as_float32(damage + np.maximum.reduce(gate_fisher) if gate_fisher else damage)
+    if not all(np.isfinite(weight) and weight >= 0 for weight in weights):
+        raise InputError(f"weights of damages must be finite and at least 0, not {list(weights)}")
+    total = np.zeros(damages[0].shape, np.float32)
+    for array, weight in zip(damages, weights, strict=True):
+        total += np.float32(weight) * array
+    return total
 
 
 def contrastive_fisher_ratio(benefit: Floats, damage: Floats, *, epsilon: float = DAMAGE_EPSILON) -> Floats:

@@ -142,7 +142,7 @@ def test_amplified_groups_are_those_that_the_other_pole_suppresses(calibrator: C
 
 def test_the_search_finds_a_budget_within_the_limits(calibrator: Calibrators, spec: PersonaSpec) -> None:
     # The first budget tried holds not one group of so small a model: the search has to go up as well as down.
-    settings = BuildSettings(max_perplexity_ratio=1.5, max_chat_kl=0.1, search_steps=8)
+    settings = BuildSettings(max_perplexity_ratio=1.5, max_chat_kl=0.1, search_trials=8, n_steps=1)
     built = build_personas(calibrator(), spec, settings)
     assert built.report["poles"]["sociable"]["n_trials"] >= 2
     for pole in built.report["poles"].values():
@@ -151,7 +151,7 @@ def test_the_search_finds_a_budget_within_the_limits(calibrator: Calibrators, sp
         assert pole["drift"]["perplexity_ratio"] <= 1.5
         assert pole["n_trials"] <= 8
     with pytest.raises(SelectionError, match="raise the budget"):
-        build_personas(calibrator(), spec, replace(settings, search_steps=1))
+        build_personas(calibrator(), spec, replace(settings, search_trials=1))
 
 
 def test_a_larger_budget_takes_more_groups_and_drifts_further(calibrator: Calibrators, spec: PersonaSpec) -> None:

@@ -14,7 +14,7 @@ from persona_edge.calibration import DamageStatistics
 from persona_edge.errors import CalibrationError, InputError
 from persona_edge.masks import Granularity, Plane
 from persona_edge.modeling import TorchModel
-from persona_edge.pole_masks import Gates, Method, Side, fisher_planes, paper_planes, tensor_damage
+from persona_edge.pole_masks import Gates, Method, Side, fisher_planes, paper_planes, tensor_damages
 from persona_edge.selection import n_overlapping, sum_over
 from persona_edge.statistics import Statistics
 from tests.tiny_models import load, save_folder
@@ -66,28 +66,28 @@ def positions(planes: tuple[Plane, ...]) -> Mapping[str, NDArray[np.uint32]]:
 
 
 @pytest.mark.parametrize("granularity", [32, 1])
-def test_damage_is_the_worse_text_by_kfac_plus_the_worse_by_the_gates_own_fisher(
-    model: TorchModel, granularity: Granularity
-) -> None:
+def test_damage_is_kfac_plus_the_gates_own_fisher_for_each_text(model: TorchModel, granularity: Granularity) -> None:
     web, chat = damage_statistics(model, 1), damage_statistics(model, 2)
-    found = tensor_damage(model, NAMES, DamageStatistics(web, chat), granularity=granularity)
-    for name in NAMES:
-        kfac, fisher = [], []
-        for statistics in (web, chat):
-            n = statistics.counts["tokens"]
+    found = tensor_damages(model, NAMES, DamageStatistics(web, chat), granularity=granularity)
+    for statistics, damage in ((web, found.web), (chat, found.chat)):
+        n = statistics.counts["tokens"]
+        for name in NAMES:
             x, delta = (statistics.sums[field][name] / n for field in ("input_square", "output_gradient_square"))
             each = 0.5 * delta[:, None] * model.layer(name).weights() ** 2 * x
-            kfac.append(each.reshape(len(each), -1, granularity).sum(-1))
-            fisher.append(0.5 * statistics.sums["gate_gradient_square"][name] / n)
-        expected = np.maximum(*kfac) + (np.maximum(*fisher) if granularity == 32 else 0)
-        np.testing.assert_allclose(found[name], expected, rtol=1e-5)
+            expected = each.reshape(len(each), -1, granularity).sum(-1)
+            if granularity == 32:
+                expected = expected + 0.5 * statistics.sums["gate_gradient_square"][name] / n
+            np.testing.assert_allclose(damage[name], expected, rtol=1e-5)
+    weighted = found.weighted(1, 0.15)
+    for name in NAMES:
+        np.testing.assert_allclose(weighted[name], found.web[name] + 0.15 * found.chat[name], rtol=1e-5)
 
 
 def test_without_the_gates_own_fisher_damage_is_kfac_alone(model: TorchModel) -> None:
     both = DamageStatistics(damage_statistics(model, 1), damage_statistics(model, 2))
     bare = DamageStatistics(damage_statistics(model, 1, gates=False), damage_statistics(model, 2, gates=False))
     mixed = DamageStatistics(both.web, bare.chat)
-    whole, alone, one = (tensor_damage(model, NAMES, statistics) for statistics in (both, bare, mixed))
+    whole, alone, one = (tensor_damages(model, NAMES, statistics).web for statistics in (both, bare, mixed))
     assert all((alone[name] < whole[name]).all() for name in NAMES)
     for name in NAMES:
         np.testing.assert_array_equal(one[name], alone[name])  # half a Fisher would favour one of the texts
@@ -96,12 +96,19 @@ def test_without_the_gates_own_fisher_damage_is_kfac_alone(model: TorchModel) ->
 def test_damage_without_tokens_is_an_error(model: TorchModel) -> None:
     empty = DamageStatistics(damage_statistics(model, 0), damage_statistics(model, 1))
     with pytest.raises(CalibrationError, match="no tokens"):
-        tensor_damage(model, NAMES, empty)
+        tensor_damages(model, NAMES, empty)
+
+
+def test_units_that_are_gated_already_stay_out(model: TorchModel) -> None:
+    margins, damage = fisher_inputs(model)
+    first = fisher_planes(margins, damage, "positive", Gates(), 32).take_density(0.1)
+    second = fisher_planes(margins, damage, "positive", Gates(), 32, gated=first).take_density(0.1)
+    assert n_overlapping(first[0].positions, second[0].positions) == 0
 
 
 def fisher_inputs(model: TorchModel) -> tuple[Statistics, dict[str, Floats]]:
     statistics = DamageStatistics(damage_statistics(model, 1), damage_statistics(model, 2))
-    return margin_statistics(model), tensor_damage(model, NAMES, statistics)
+    return margin_statistics(model), tensor_damages(model, NAMES, statistics).weighted(1, 1)
 
 
 def test_fisher_takes_the_groups_whose_closing_raises_the_margin_within_the_budget(model: TorchModel) -> None:

@@ -150,11 +150,9 @@ def test_kfac_sees_parts_that_cancel_where_the_gate_fisher_is_blind() -> None:
     assert scores.kfac_group_damage(weights, np.square(inputs), np.square(delta), group_size=2) == 1
 
 
-def test_combined_damage_takes_the_larger_text_then_adds_the_larger_fisher() -> None:
-    kfac = (array([1, 5]), array([2, 3]))
-    fisher = (scores.gate_fisher_damage(array([2, 1])), scores.gate_fisher_damage(array([1, 4])))
-    assert np.array_equal(scores.combined_damage(kfac, fisher), array([3, 7]))
-    assert np.array_equal(scores.combined_damage(kfac), array([2, 5]))
+def test_weighted_damage_is_a_weighted_sum() -> None:
+    found = scores.weighted_damage((array([1, 5]), array([2, 4])), (1, 0.25))
+    assert np.array_equal(found, array([1.5, 6]))
 
 
 def test_ratio_by_hand_and_bounded() -> None:
@@ -173,8 +171,9 @@ def test_ratio_by_hand_and_bounded() -> None:
         (lambda: scores.kfac_group_damage(array([1, 2]), array(1, 1), array(1, 1)), "output gradients"),
         (lambda: scores.kfac_group_damage(array([1, 2]), array(1, 1), array(1)), "2 columns do not divide"),
         (lambda: scores.gate_gradient(array([1, 2]), array([1])), "one shape"),
-        (lambda: scores.combined_damage(()), "at least one"),
-        (lambda: scores.combined_damage((array(1), array(1, 2))), "one shape"),
+        (lambda: scores.weighted_damage((), ()), "0 neutral texts"),
+        (lambda: scores.weighted_damage((array(1), array(1, 2)), (1, 1)), "one shape"),
+        (lambda: scores.weighted_damage((array(1),), (-1,)), "at least 0"),
         (lambda: scores.contrastive_fisher_ratio(array(1), array(1, 2)), "one shape"),
         (lambda: scores.contrastive_fisher_ratio(array(1), array(1), epsilon=0), "epsilon must be a positive number"),
     ],

@@ -29,6 +29,7 @@ _METHODS = ("contrastive-fisher", "wanda", "contrastive-wanda", "contrastive-spa
 @click.option("--max-chat-kl", type=float, default=0.1, show_default=True, help="Most drift on chat, nats per token.")
 @click.option("--max-perplexity-ratio", type=float, default=1.015, show_default=True, help="Most perplexity, vs base.")
 @click.option("--budget", type=float, help="Fix the damage in nats per token, instead of searching for it.")
+@click.option("--steps", type=click.IntRange(1, 16), default=3, show_default=True, help="Measure benefits this often.")
 @click.option("--density", type=float, help="Fix the share of masked units, instead of searching.")
 @click.option("--suppress-gate", type=float, default=0.0, show_default=True, help="Factor of suppressed units.")
 @click.option("--amplify-gate", type=float, help="Also amplify units, by this factor (such as 1.5).")
@@ -80,6 +81,7 @@ def _request(options: dict[str, Any]) -> Any:
         include=options["include"],
         exclude=options["exclude"],
         layers=options["layers"],
+        n_steps=options["steps"],
     )
     return ExportRequest(
         model=options["model"],

@@ -1,0 +1,210 @@
+"""How a pole's mask grows: in steps, each on the model as masked so far, up to a share of the limits on drift.
+
+One gradient at the unmasked model says what closing a gate does while every other gate is open. Thousands of gates
+close together, so after the best of them the others' benefits have changed, and contrasts that are already won still
+pull. Hence steps: a step's benefits are measured with the mask of the steps before it, on contrasts weighted by how far
+they are from won (`collect.Focus`), and its budget is found by measured drift (budget_search.py). Every step spends up
+to its share of both limits; damage on chat counts more or less beside damage on web text, as drift so far has shown.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from persona_edge.budget_search import BudgetResult, Drift, Trial, search_budget
+from persona_edge.calibration import Calibrator, Progress
+from persona_edge.collect import Focus
+from persona_edge.contrasts import CalibrationSet
+from persona_edge.errors import SelectionError
+from persona_edge.masked_model import masked
+from persona_edge.masks import Granularity, Plane
+from persona_edge.pole_masks import Damages, Gates, Side, fisher_planes
+from persona_edge.statistics import Statistics
+
+__all__ = ["Grown", "Growth", "Limits", "merge_planes", "planes_digest"]
+
+DEFAULT_CHAT_WEIGHT = 0.15
+"""What a nat of chat damage counts beside a nat of web damage when only one of the two is limited."""
+LEAST_WEIGHT = 0.1
+EARLY_TRIALS = 3
+EARLY_TOLERANCE = 0.25
+MeasureDrift = Callable[[Sequence[Plane]], Drift]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The drift a mask may cause: perplexity masked / base, KL on chat turns in nats per token; None is no limit."""
+
+    max_perplexity_ratio: float | None
+    max_chat_kl: float | None
+
+    def share(self, share: float) -> Limits:
+        """The limits that leave room for later steps: `share` of the logarithm of the one, of the other itself."""
+        ratio, chat_kl = self.max_perplexity_ratio, self.max_chat_kl
+        return Limits(None if ratio is None else ratio**share, None if chat_kl is None else chat_kl * share)
+
+    def used(self, drift: Drift) -> tuple[float, float]:
+        """The shares of both limits that a drift uses; 0 where there is no limit."""
+        web, chat = 0.0, 0.0
+        if self.max_perplexity_ratio is not None:
+            web = max(0.0, math.log(drift.perplexity_ratio) / math.log(self.max_perplexity_ratio))
+        if self.max_chat_kl is not None:
+            chat = max(0.0, drift.chat_kl / self.max_chat_kl)
+        return web, chat
+
+    @property
+    def chat_weight(self) -> float:
+        """What a nat on chat turns counts beside a nat on web text: the ratio of the two limits."""
+        if self.max_perplexity_ratio is None or self.max_chat_kl is None:
+            return DEFAULT_CHAT_WEIGHT
+        return math.log(self.max_perplexity_ratio) / self.max_chat_kl
+
+
+@dataclass(frozen=True)
+class Grown:
+    """A finished mask: its planes, what was spent in each step, and the drift measured at the end."""
+
+    planes: tuple[Plane, ...]
+    drift: Drift
+    steps: tuple[BudgetResult, ...] = field(default=())
+
+    @property
+    def budget(self) -> float:
+        """Estimated damage spent in all steps, nats per token."""
+        return sum(step.budget for step in self.steps)
+
+    @property
+    def n_trials(self) -> int:
+        """How many masks were measured."""
+        return sum(len(step.trials) for step in self.steps)
+
+
+class Growth:
+    """Grows masks on one calibrator's model; `drift` measures a mask on held-out neutral text."""
+
+    def __init__(
+        self,
+        calibrator: Calibrator,
+        damages: Damages,
+        drift: MeasureDrift,
+        *,
+        limits: Limits,
+        gates: Gates,
+        granularity: Granularity,
+        n_steps: int,
+        n_trials: int,
+        n_contrasts: int,
+        progress: Progress,
+    ) -> None:
+        self.calibrator, self.damages, self.drift = calibrator, damages, drift
+        self.limits, self.gates, self.granularity = limits, gates, granularity
+        self.n_steps, self.n_trials, self.n_contrasts = n_steps, n_trials, n_contrasts
+        self.progress = progress
+        self._first_budget = 0.002
+
+    def grow(self, contrasts: CalibrationSet, statistics: Statistics, side: Side, label: str) -> Grown:
+        """The mask of one pole. `statistics` are the margins' on the unmasked model; both poles share them.
+
+        Raises SelectionError when no step finds anything within its limits.
+        """
+        grown = Grown((), Drift(1.0, 0.0, 0.0))
+        for step in range(self.n_steps):
+            last = step + 1 == self.n_steps
+            if grown.planes:
+                statistics = self._measure_again(contrasts, grown, side, step, label)
+            try:
+                grown = self._step(grown, statistics, side, step, label)
+            except SelectionError:  # nothing (more) fits into this step's share of the limits
+                if last and not grown.planes:
+                    raise
+        return grown
+
+    def _measure_again(self, contrasts: CalibrationSet, grown: Grown, side: Side, step: int, label: str) -> Statistics:
+        toward: Literal[1, -1] = 1 if side == "positive" else -1
+        some = contrasts.limit(self.n_contrasts, seed=step)
+        with masked(self.calibrator.model, grown.planes):
+            return self.calibrator.margins(
+                some, focus=Focus(toward), mask=planes_digest(grown.planes), label=f"contrasts {label}, step {step + 1}"
+            )
+
+    def _step(self, grown: Grown, statistics: Statistics, side: Side, step: int, label: str) -> Grown:
+        last = step + 1 == self.n_steps
+        damage = self.damages.weighted(*self._weights(grown.drift))
+        ranked = fisher_planes(statistics, damage, side, self.gates, self.granularity, gated=grown.planes)
+        limits = self.limits.share((step + 1) / self.n_steps)
+        n_trials = self.n_trials if last else min(EARLY_TRIALS, self.n_trials)
+        done = 0
+
+        def measure(budget: float) -> Drift:
+            nonlocal done
+            self.progress(f"budget {label}, step {step + 1} of {self.n_steps}", done, n_trials)
+            done += 1
+            try:
+                return cautious(self.drift(merge_planes(grown.planes, ranked.take(budget))))
+            except SelectionError:  # too little for even the best unit: nothing new, look higher
+                return cautious(grown.drift)
+
+        result = search_budget(
+            measure,
+            start=self._first_budget,
+            max_perplexity_ratio=limits.max_perplexity_ratio,
+            max_chat_kl=limits.max_chat_kl,
+            n_steps=n_trials,
+            tolerance=0.05 if last else EARLY_TOLERANCE,
+        )
+        self.progress(f"budget {label}, step {step + 1} of {self.n_steps}", n_trials, n_trials)
+        self._first_budget = result.budget  # the next search's is rarely far
+        planes = merge_planes(grown.planes, ranked.take(result.budget))
+        return Grown(planes, self.drift(planes), (*grown.steps, result))
+
+    def _weights(self, drift: Drift) -> tuple[float, float]:
+        """What web and chat damage count: as the limits say, times how much of each limit is used already."""
+        web, chat = self.limits.used(cautious(drift))
+        most = max(web, chat)
+        if not most:
+            return 1.0, self.limits.chat_weight
+        web, chat = (max(used / most, LEAST_WEIGHT) for used in (web, chat))
+        return web, chat * self.limits.chat_weight
+
+
+def fixed(planes: tuple[Plane, ...], amount: float, drift: Drift) -> Grown:
+    """A mask whose amount was given instead of searched for."""
+    return Grown(planes, drift, (BudgetResult(amount, drift, (Trial(amount, drift, True),)),))
+
+
+def cautious(drift: Drift) -> Drift:
+    """`drift` with the larger of the measured perplexity ratio and exp(web KL), which other text would show.
+
+    A persona can make a few held-out passages likelier by their style while it harms text in general; on text that the
+    model itself would write, the expected logarithm of the ratio is the KL divergence.
+    """
+    expected = math.exp(drift.web_kl or 0.0)
+    return replace(drift, perplexity_ratio=max(drift.perplexity_ratio, expected))
+
+
+def merge_planes(first: Sequence[Plane], second: Sequence[Plane]) -> tuple[Plane, ...]:
+    """The planes of both, one plane per gate and granularity; the two have no unit in common."""
+    merged: dict[tuple[float, Granularity], dict[str, NDArray[np.uint32]]] = {}
+    for plane in (*first, *second):
+        tensors = merged.setdefault((plane.gate, plane.granularity), {})
+        for name, positions in plane.positions.items():
+            tensors[name] = np.union1d(tensors[name], positions) if name in tensors else positions
+    return tuple(Plane(gate, tensors, granularity) for (gate, granularity), tensors in merged.items())
+
+
+def planes_digest(planes: Sequence[Plane]) -> str:
+    """SHA-256 of exactly what a mask is, so that no measurement is ever taken for another mask's."""
+    digest = hashlib.sha256()
+    for plane in planes:
+        for name, positions in plane.positions.items():
+            digest.update(json.dumps([name, plane.gate, plane.granularity, len(positions)]).encode())
+            digest.update(positions.astype("<u4").tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,157 @@
+"""A mask grows in steps: nested, measured again each time, within its share of the limits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from persona_edge.budget_search import Drift
+from persona_edge.calibration import CalibrationSettings, Calibrator
+from persona_edge.collect import Focus, collect_margins
+from persona_edge.encoding import encode_contrast
+from persona_edge.errors import SelectionError
+from persona_edge.growth import Growth, Limits, cautious, merge_planes, planes_digest
+from persona_edge.masks import Plane
+from persona_edge.modeling import TorchModel
+from persona_edge.pole_masks import Gates, tensor_damages
+from tests.tiny_models import calibration_set, contrasts, load, one_thread, save_folder  # noqa: F401 - a fixture
+
+FAST = CalibrationSettings(neutral_tokens=24, answer_tokens=6, max_batch_tokens=2048)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> TorchModel:
+    return load(save_folder(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture(scope="module")
+def calibrator(model: TorchModel, tmp_path_factory: pytest.TempPathFactory) -> Calibrator:
+    return Calibrator(model, "tiny", settings=FAST, folder=tmp_path_factory.mktemp("statistics"))
+
+
+def plane(gate: float, **positions: list[int]) -> Plane:
+    return Plane(gate, {name: np.array(at, np.uint32) for name, at in positions.items()})
+
+
+def growth(calibrator: Calibrator, drift: Drift | None = None, n_steps: int = 3) -> tuple[Growth, list[int]]:
+    """A growth whose drift is a made-up function of how many groups are gated, and the sizes it was asked about."""
+    names = [layer.name for layer in calibrator.layers]
+    asked: list[int] = []
+
+    def measure(planes: Sequence[Plane]) -> Drift:
+        asked.append(sum(p.n_positions for p in planes))
+        return drift or Drift(math.exp(asked[-1] * 1e-4), asked[-1] * 1e-4, asked[-1] * 1e-4)
+
+    grower = Growth(
+        calibrator,
+        tensor_damages(calibrator.model, names, calibrator.damage()),
+        measure,
+        limits=Limits(1.03, None),
+        gates=Gates(),
+        granularity=32,
+        n_steps=n_steps,
+        n_trials=8,
+        n_contrasts=8,
+        progress=lambda *_: None,
+    )
+    return grower, asked
+
+
+def test_every_step_adds_groups_up_to_its_share_of_the_limits(calibrator: Calibrator) -> None:
+    items = calibration_set(24)
+    statistics = calibrator.margins(items)
+    grown = [growth(calibrator, n_steps=n)[0].grow(items, statistics, "positive", "E") for n in (1, 3)]
+    one, three = (sum(p.n_positions for p in g.planes) for g in grown)
+    most = math.log(1.03) / 1e-4
+    assert 0.5 * most < one <= most
+    assert 0.5 * most < three <= most
+    assert [len(g.steps) for g in grown] == [1, 3]
+    assert planes_digest(grown[0].planes) != planes_digest(grown[1].planes)
+    assert grown[1].budget == pytest.approx(sum(step.budget for step in grown[1].steps))
+    assert grown[1].n_trials >= 3
+
+
+def test_later_steps_measure_the_model_as_masked_so_far(
+    calibrator: Calibrator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = calibration_set(24)
+    statistics = calibrator.margins(items)
+    before = {name: tensor.clone() for name, tensor in calibrator.model.model.state_dict().items()}
+    seen: list[tuple[int, int]] = []
+    margins = Calibrator.margins
+
+    def watch(self: Calibrator, contrasts: object, **options: object) -> object:
+        state = self.model.model.state_dict()
+        changed = sum(int((tensor != before[name]).sum()) for name, tensor in state.items())
+        seen.append((changed, len(contrasts)))  # type: ignore[arg-type]
+        return margins(self, contrasts, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Calibrator, "margins", watch)
+    growth(calibrator)[0].grow(items, statistics, "negative", "I")
+    assert len(seen) == 2
+    assert 0 < seen[0][0] < seen[1][0]
+    assert [n for _, n in seen] == [8, 8]
+    state = calibrator.model.model.state_dict()
+    assert all(bool((tensor == before[name]).all()) for name, tensor in state.items())
+
+
+def test_a_model_that_breaks_at_once_is_an_error(calibrator: Calibrator) -> None:
+    items = calibration_set(24)
+    grower, _ = growth(calibrator, Drift(5.0, 9.0, 2.0))
+    with pytest.raises(SelectionError):
+        grower.grow(items, calibrator.margins(items), "positive", "E")
+
+
+def test_shares_of_limits_and_what_is_used_of_them() -> None:
+    limits = Limits(1.02, 0.2)
+    assert limits.share(0.5).max_perplexity_ratio == pytest.approx(math.sqrt(1.02))
+    assert limits.share(0.5).max_chat_kl == pytest.approx(0.1)
+    assert limits.used(Drift(math.sqrt(1.02), 0.05)) == (pytest.approx(0.5), pytest.approx(0.25))
+    assert Limits(None, 0.2).used(Drift(2.0, 0.1)) == (0, pytest.approx(0.5))
+    assert limits.chat_weight == pytest.approx(math.log(1.02) / 0.2)
+    assert Limits(None, 0.2).chat_weight == Limits(1.02, None).chat_weight
+
+
+def test_a_lucky_perplexity_does_not_hide_drift() -> None:
+    assert cautious(Drift(0.98, 0.1, 0.02)).perplexity_ratio == pytest.approx(math.exp(0.02))
+    assert cautious(Drift(1.5, 0.1, 0.02)).perplexity_ratio == 1.5
+
+
+def test_planes_merge_by_gate() -> None:
+    merged = merge_planes([plane(0, a=[1, 5])], [plane(0, a=[3], b=[2]), plane(2, a=[7])])
+    assert [(p.gate, {n: list(at) for n, at in p.positions.items()}) for p in merged] == [
+        (0, {"a": [1, 3, 5], "b": [2]}),
+        (2, {"a": [7]}),
+    ]
+
+
+def test_focus_counts_what_is_not_won_yet() -> None:
+    margins = torch.tensor([-2.0, 0.5, 4.0])
+    weights = Focus(1).weights(margins)
+    assert weights[1] == pytest.approx(0.5)
+    assert weights[0] > 0.98
+    assert weights[2] < 0.01
+    assert torch.allclose(Focus(-1).weights(-margins), weights)
+
+
+def test_a_focused_gradient_is_that_of_weighted_margins(model: TorchModel, one_thread: Path) -> None:  # noqa: F811
+    pairs = [encode_contrast(model.tokenizer, c, i) for i, c in enumerate(contrasts(3))]
+    focus = Focus(1, enough=0.1, sharpness=3.0)
+    found = collect_margins(model, model.layers, pairs, focus=focus)
+    expected: dict[str, np.ndarray] = {}
+    for pair in pairs:
+        single = collect_margins(model, model.layers, [pair]).sums["gate_gradient"]
+        weighted = collect_margins(model, model.layers, [pair], focus=focus).sums["gate_gradient"]
+        for name in single:
+            expected[name] = expected.get(name, 0) + weighted[name]
+        largest = max(single, key=lambda name: float(np.abs(single[name]).max()))
+        ratio = np.abs(weighted[largest]).max() / np.abs(single[largest]).max()
+        assert 0 < ratio < 1
+    for name, values in expected.items():
+        np.testing.assert_allclose(found.sums["gate_gradient"][name], values, rtol=1e-3, atol=1e-6)
+    assert set(found.sums) == {"gate_gradient", "gate_gradient_square"}
