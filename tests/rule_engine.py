@@ -66,7 +66,7 @@ class RuleEngine:
         for rule in self.rules:
             found = said.find(rule.after)
             if found >= 0:
-                columns = [ALPHABET.index(c) for c in rule.characters]
+                columns = np.array([ALPHABET.index(c) for c in rule.characters], dtype=np.int64)
                 logits[np.ix_(ends >= found + len(rule.after), columns)] += rule.boost
         return np.asarray(logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))
 
