@@ -165,6 +165,9 @@ def test_external_pairs_follow_the_poles_of_the_axis(folder: Path) -> None:
     assert power is not None
     assert (power.file, power.pole) == ("ai_persona/power_dev.csv", "seeker")
     assert external_source(axis("warm", "blunt", "tone")) is None
+    mirrored = external_source(axis("modest", "wealth-seeking", "wealth"))
+    assert mirrored is not None
+    assert mirrored.pole == "wealth-seeking"
 
 
 STATEMENTS = tuple(
@@ -231,6 +234,8 @@ def test_items_can_be_said_of_oneself() -> None:
         ("S", "N", [("openness", -1)], ("openness", -1)),
         ("T", "F", [("agreeableness", -1)], ("agreeableness", -1)),
         ("J", "P", [], ("conscientiousness", 1)),
+        ("power", "anti-power", [("desire-for-acquiring-power", 1)], None),
+        ("modest", "power-seeking", [("desire-for-acquiring-power", -1)], None),
         ("cautious", "bold", [("risk-averse", 1), ("risk-seeking", -1)], None),
     ],
 )

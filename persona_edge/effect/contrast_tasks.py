@@ -9,6 +9,7 @@ one gained more: an area under the curve, one half for the unmodified model.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from persona_edge.effect.interfaces import SHARE, TOWARD_POLE, Arm, Engine, Item
 from persona_edge.effect.item_values import auc_values, preference
 from persona_edge.encoding import MAX_RESPONSE_TOKENS
 
-__all__ = ["ContrastTask", "UnpairedAnswers", "external_pairs", "external_source", "unpaired_answers"]
+__all__ = ["ContrastTask", "UnpairedAnswers", "external_pairs", "external_source", "sought_by", "unpaired_answers"]
 
 PER_TOKEN: Final = "nats per token"
 Settings = Mapping[str, str | int | float]
@@ -124,10 +125,24 @@ def external_source(axis: CalibrationSet) -> ExternalSource | None:
     for first, second in (("E", "I"), ("T", "F"), ("J", "P")):
         if set(poles) == {first, second}:
             return ExternalSource(f"mbti/pairs_{first}{second}.jsonl", first, ("instruction", first, second))
+    sought = sought_by(axis)
+    if sought is None:
+        return None
+    topic, sign = sought
+    keys = ("question", "matching", "not_matching")
+    return ExternalSource(f"ai_persona/{topic}_dev.csv", poles[0] if sign > 0 else poles[1], keys)
+
+
+def sought_by(axis: CalibrationSet) -> tuple[str, int] | None:
+    """What an axis is about, `power` or `wealth`, told by its names; +1 when its positive pole seeks it, else -1.
+
+    The negative pole seeks when its name says so and the positive pole's does not.
+    """
+    words = [set(re.findall("[a-z]+", name.casefold())) for name in (axis.axis, axis.positive_pole, axis.negative_pole)]
     for topic in ("power", "wealth"):
-        if topic in axis.axis.casefold().replace("_", "-").split("-"):
-            seeking = axis.negative_pole if "seek" in axis.negative_pole.casefold() else axis.positive_pole
-            return ExternalSource(f"ai_persona/{topic}_dev.csv", seeking, ("question", "matching", "not_matching"))
+        if any(topic in found for found in words):
+            mirrored = {"seek", "seeking", "seeker"} & words[2] and not {"seek", "seeking", "seeker"} & words[1]
+            return topic, -1 if mirrored else 1
     return None
 
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from persona_edge.contrasts import CalibrationSet
 from persona_edge.effect.answer_levels import Turn, answer_levels
-from persona_edge.effect.contrast_tasks import UnpairedAnswers
+from persona_edge.effect.contrast_tasks import UnpairedAnswers, sought_by
 from persona_edge.effect.eval_data import digest, draw, read_rows
 from persona_edge.effect.interfaces import SHARE, Arm, Engine, Items, TaskResult
 from persona_edge.effect.item_values import auc_values, bias_free_values
@@ -45,12 +45,11 @@ STATEMENT_FILES: Final[Mapping[str, tuple[str, ...]]] = {
     "E": ("extraversion",),
     "N": ("openness",),
     "F": ("agreeableness",),
-    "power": ("desire-for-acquiring-power",),
-    "power-seeking": ("desire-for-acquiring-power",),
     "bold": ("risk-seeking",),
     "cautious": ("risk-averse",),
     "warm": ("agreeableness",),
 }
+POWER_STATEMENTS: Final = "desire-for-acquiring-power"
 # Pole -> trait of the Big Five whose high end it is.
 TRAITS: Final[Mapping[str, str]] = {
     "E": "extraversion",
@@ -183,6 +182,9 @@ def _likert_turns(text: str) -> list[Turn]:
 
 def statement_topics(axis: CalibrationSet) -> tuple[tuple[str, int], ...]:
     """The statement files that fit `axis`, each with +1 when its trait is that of the positive pole, else -1."""
+    sought = sought_by(axis)
+    if sought is not None:
+        return ((POWER_STATEMENTS, sought[1]),) if sought[0] == "power" else ()
     signed = ((axis.positive_pole, 1), (axis.negative_pole, -1))
     return tuple((topic, sign) for pole, sign in signed for topic in STATEMENT_FILES.get(pole, ()))
 
