@@ -17,7 +17,6 @@ from persona_edge.cache import file_sha256
 from persona_edge.calibration import Calibrator, Progress, silent
 from persona_edge.contrasts import CalibrationSet
 from persona_edge.downloads import Progress as DownloadProgress
-from persona_edge.effect.arm_context import ARMS_VERSION
 from persona_edge.effect.arm_registry import RUNTIME_ARMS, ArmContext, make_arms
 from persona_edge.effect.eval_plan import (
     EvalRequest,
@@ -180,7 +179,6 @@ class _Evaluation:
         request, descriptions = self.request, [axis_set.positive_description, axis_set.negative_description]
         limits = [request.max_chat_kl, request.max_perplexity_ratio]
         return {
-            "version": ARMS_VERSION,
             "set": axis_set.content_hash(),
             "descriptions": descriptions,
             "limits": limits,

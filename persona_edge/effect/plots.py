@@ -36,15 +36,15 @@ def effect_plot(record: Record) -> str | None:
     with pyplot.rc_context({"svg.hashsalt": "persona-edge", "svg.fonttype": "none", "font.size": 9}):
         n_columns = min(2, len(panels))
         n_rows = -(-len(panels) // n_columns)
-        figure, axes = pyplot.subplots(n_rows, n_columns, figsize=(5.4 * n_columns, 4.2 * n_rows), squeeze=False)
+        size = (5.0 * n_columns + 1.6, 4.0 * n_rows)
+        figure, axes = pyplot.subplots(n_rows, n_columns, figsize=size, squeeze=False, layout="constrained")
         colours = _colours(record)
         for place, panel in zip(axes.flat, panels, strict=False):
             _draw(place, *panel, colours)
         for place in axes.flat[len(panels) :]:
             place.set_visible(False)
         handles = [pyplot.Line2D([], [], color=c, marker="o", linestyle="", label=n) for n, c in colours.items()]
-        figure.legend(handles=handles, loc="lower center", ncols=min(5, len(handles)), frameon=False)
-        figure.tight_layout(rect=(0, 0.09 if n_rows == 1 else 0.05, 1, 1))
+        figure.legend(handles=handles, loc="outside right upper", frameon=False)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
         pyplot.close(figure)
@@ -93,8 +93,7 @@ def _draw(place: Any, engine: str, axis: Axis, points: Sequence[Point], colours:
             color=colours[arm.name],
             marker=MARKERS[toward],
             markersize=6,
-            elinewidth=0.6,
-            capsize=0,
+            elinewidth=0.5,
         )
     place.set_xscale("log")
     place.set_ylim(0, 102)

@@ -150,14 +150,19 @@ def _overview(arm: ArmRecord, base: ArmRecord | None, side: Side) -> list[str]:
 
 
 def persona_tables(record: Record) -> Iterator[Table]:
-    """Per engine, axis and pole: all that was measured of the persona, shares and scores first, then nats."""
+    """Per engine, axis and pole: all that was measured of the persona; shares and scores first, then nats, then levels
+    and biases, which have no direction.
+    """
     for engine in engines_of(record):
         for side in sides_of(record, engine):
-            arms = _arms(record, engine, side)
-            columns = [c for c in _columns(arms, side.axis.name) if c.higher_is in ("positive", "better")]
+            arms, base = _arms(record, engine, side), record.arm(engine, BASE, None)
+            columns = _columns(arms, side.axis.name)
             caption = f"Engine {engine}, axis {side.axis.name}, toward {side.pole}"
-            for part in _parts(sorted(columns, key=lambda c: c.unit.startswith("nats"))):
-                yield _table(caption, arms, part, record.arm(engine, BASE, None), side)
+            directed = [c for c in columns if c.higher_is != "neutral"]
+            for part in _parts(sorted(directed, key=lambda c: c.unit.startswith("nats"))):
+                yield _table(caption, arms, part, base, side)
+            for part in _parts([c for c in columns if c.higher_is == "neutral"]):
+                yield _table(f"{caption}: levels and biases", arms, part, base, side)
 
 
 def side_effect_tables(record: Record) -> Iterator[Table]:
