@@ -135,7 +135,8 @@ def difference_rates(personas: PersonaSet) -> tuple[AxisDifference, ...]:
 
 def _axis_difference(personas: PersonaSet, axis: str, first: Pole, second: Pole) -> AxisDifference:
     tensors = personas.identity.tensors
-    differing = {t.name: _n_differing(t, first, second) for t in tensors}
+    granularity = _granularity((first, second))
+    differing = {t.name: _n_differing(t.name, first, second, granularity) for t in tensors}
     sizes = {t.name: t.n_rows * t.n_columns for t in tensors}
 
     def rate(names: Iterable[str]) -> float:
@@ -153,25 +154,35 @@ def _axis_difference(personas: PersonaSet, axis: str, first: Pole, second: Pole)
     )
 
 
-def _n_differing(tensor: TensorShape, first: Pole, second: Pole) -> int:
+def _n_differing(tensor: str, first: Pole, second: Pole, granularity: Granularity) -> int:
     """How many weights of `tensor` the two poles multiply by different gates."""
-    return int((_gates(tensor, first) != _gates(tensor, second)).sum())
+    sides = [_gated(tensor, pole, granularity) for pole in (first, second)]
+    units = np.union1d(sides[0][0], sides[1][0])
+    gates = np.ones((2, len(units)))
+    for row, (own, values) in zip(gates, sides, strict=True):
+        row[np.searchsorted(units, own)] = values
+    return int((gates[0] != gates[1]).sum()) * granularity
 
 
-def _gates(tensor: TensorShape, pole: Pole) -> NDArray[np.float32]:
-    """What the pole multiplies each weight by, (n_weights,); planes that overlap multiply."""
-    gates = np.ones(tensor.n_rows * tensor.n_columns, dtype=np.float32)
-    for plane in pole.planes:
-        positions = plane.positions.get(tensor.name)
-        if positions is not None:
-            gates.reshape(-1, plane.granularity)[positions] *= np.float32(plane.gate)
-    return gates
+def _gated(tensor: str, pole: Pole, granularity: Granularity) -> tuple[Units, NDArray[np.float64]]:
+    """The pole's units of `tensor`, ascending, and what each is multiplied by; planes that overlap multiply."""
+    planes = [plane for plane in pole.planes if tensor in plane.positions]
+    parts = [_at(plane.positions[tensor], plane, granularity) for plane in planes]
+    units, index = np.unique(np.concatenate([np.empty(0, np.int64), *parts]), return_inverse=True)
+    gates = np.ones(len(units))
+    each = np.repeat([plane.gate for plane in planes], [len(part) for part in parts])
+    np.multiply.at(gates, index, each)
+    return units, gates
+
+
+def _granularity(poles: Iterable[Pole]) -> Granularity:
+    """The units in which all planes can be counted."""
+    return 1 if any(plane.granularity == 1 for pole in poles for plane in pole.planes) else 32
 
 
 def overlaps(personas: PersonaSet) -> tuple[Overlap, ...]:
     """One entry per pair of personas, in the pack's order; poles that differ in nothing but name overlap fully."""
-    every = {plane.granularity for pole in personas.poles for plane in pole.planes}
-    granularity: Granularity = 1 if 1 in every else 32
+    granularity = _granularity(personas.poles)
     tensors = personas.identity.tensors
     starts = np.concatenate([[0], np.cumsum([t.n_units(granularity) for t in tensors])])
     offsets = {t.name: int(start) for t, start in zip(tensors, starts, strict=False)}
