@@ -49,7 +49,7 @@ class BuildSettings:
     suppress_gate: float = 0.0
     amplify_gate: float | None = None
     max_perplexity_ratio: float | None = 1.015
-    max_chat_kl: float | None = 0.1
+    max_chat_kl: float | None = 0.15
     budget: float | None = None
     density: float | None = None
     include: Sequence[str] = field(default=())

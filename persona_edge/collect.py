@@ -44,11 +44,15 @@ class Focus:
     likelier, nearly 0 once the own answer leads by far more than `enough` nats per token. `toward` is +1 for the
     axis's positive pole and -1 for the negative one. It is the derivative of the logistic loss that preference tuning
     minimises (Rafailov et al., 2023, arXiv:2305.18290), without its reference model.
+
+    The pole's own answers count `own` times what the other pole's do: a margin also grows when both answers become
+    unlikely and the other's more so, which is breaking the model, not a persona.
     """
 
     toward: Literal[1, -1]
     enough: float = 0.5
     sharpness: float = 2.0
+    own: float = 2.0
 
     def weights(self, margins: torch.Tensor) -> torch.Tensor:
         """The weight of each contrast, (n_contrasts,), from margins in nats per token."""
@@ -161,7 +165,8 @@ def collect_margins(
         terms = log_p * torch.where(batch.is_positive, batch.shares, -batch.shares)
         if focus is not None:
             margins = torch.zeros(len(pairs), device=terms.device).index_add(0, batch.rows, terms.detach())
-            terms = terms * focus.weights(margins)[batch.rows]
+            is_own = batch.is_positive == (focus.toward > 0)
+            terms = terms * focus.weights(margins)[batch.rows] * torch.where(is_own, focus.own, 1.0)
         terms.sum().backward()
     counts = {
         "contrasts": len(pairs),

@@ -26,7 +26,7 @@ _METHODS = ("contrastive-fisher", "wanda", "contrastive-wanda", "contrastive-spa
 @click.option("--original", metavar="MODEL", help="Calibrate on these original weights instead of the GGUF's own.")
 @click.option("--method", type=click.Choice(_METHODS), default="contrastive-fisher", show_default=True)
 @click.option("--granularity", type=click.Choice(["group", "weight"]), default=None, help="What one gate multiplies.")
-@click.option("--max-chat-kl", type=float, default=0.1, show_default=True, help="Most drift on chat, nats per token.")
+@click.option("--max-chat-kl", type=float, default=0.15, show_default=True, help="Most drift on chat, nats per token.")
 @click.option("--max-perplexity-ratio", type=float, default=1.015, show_default=True, help="Most perplexity, vs base.")
 @click.option("--budget", type=float, help="Fix the damage in nats per token, instead of searching for it.")
 @click.option("--steps", type=click.IntRange(1, 16), default=3, show_default=True, help="Measure benefits this often.")
