@@ -228,7 +228,9 @@ def _balance(contrasts: CalibrationSet, rules: Rules) -> Iterable[Finding]:
 
 def _telling_words(contrasts: CalibrationSet, rules: Rules) -> Iterable[Finding]:
     by_difference = sorted(_word_differences(contrasts.contrasts).items(), key=lambda item: (-abs(item[1]), item[0]))
-    telling = [(word, n) for word, n in by_difference if abs(n) > rules.max_word_difference * len(contrasts)]
+    # One or two answers say nothing about a word, however small the set.
+    limit = max(rules.max_word_difference * len(contrasts), 2)
+    telling = [(word, n) for word, n in by_difference if abs(n) > limit]
     if telling:
         positive, negative = ({word for word, n in telling if n * sign > 0} for sign in (1, -1))
         poles = {word: contrasts.positive_pole if word in positive else contrasts.negative_pole for word, _ in telling}
