@@ -187,7 +187,9 @@ def test_refusals_are_found(reply: str) -> None:
     assert reply_quality(reply, WORDS).refuses
 
 
-@pytest.mark.parametrize("reply", ["I like being an assistant teacher", "You cannot go wrong", "Aim high"])
+@pytest.mark.parametrize(
+    "reply", ["I like being an assistant teacher", "I can't wait to see you", "I'm sorry to hear that"]
+)
 def test_ordinary_replies_are_no_refusals(reply: str) -> None:
     assert not reply_quality(reply, WORDS).refuses
 

@@ -64,8 +64,9 @@ _WORD = re.compile(r"[^\W\d_]+")
 _REFUSAL = re.compile(
     r"\b(?:as an? (?:ai|artificial|language model|large language|virtual|digital|assistant)"
     r"|i(?:'m| am) (?:just |only |merely )?an? (?:ai|artificial|language model|large language|virtual|digital|computer)"
-    r"|i (?:cannot|can't|can not|am unable|am not able)|i'm (?:unable|not able|sorry)|i am sorry|i do(?:n't| not) have"
-    r" (?:the ability|feelings|personal|access|a physical|emotions|opinions|preferences))\b",
+    r"|i(?: cannot|(?: can't| can not)(?! wait| help (?:but|feel)| believe| imagine| say no| get enough)"
+    r"|(?:'m| am) (?:unable|not able))"
+    r"|i do(?:n't| not) have (?:the ability|feelings|personal|access|a physical|emotions|opinions|preferences))\b",
     re.IGNORECASE,
 )
 
@@ -161,7 +162,7 @@ def ordinary_words(sets: Iterable[CalibrationSet], folder: Path | None) -> froze
         texts += [text for c in axis.contrasts for text in (c.prompt, c.positive, c.negative)]
     if folder is not None:
         texts += _data_texts(folder)
-    return frozenset(word.lower() for text in texts for word in _WORD.findall(text))
+    return frozenset().union(*(_WORD.findall(text.lower()) for text in texts))
 
 
 def _data_texts(folder: Path) -> list[str]:

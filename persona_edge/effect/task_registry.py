@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
@@ -186,10 +187,16 @@ def _lambada(name: str, context: TaskContext) -> list[Made]:
 
 
 def _replies(name: str, context: TaskContext) -> list[Made]:
-    shipped = [axis for item in shipped_sets() for axis in load_persona_set(item.name).sets]
-    vocabulary = reply_tasks.ordinary_words([*shipped, context.axis_set], context.data)
+    vocabulary = _shipped_words(context.data) | reply_tasks.ordinary_words([context.axis_set], None)
     prompts = draw(reply_tasks.REPLY_PROMPTS, max(context.n_items, 1), context.seed)
     return [reply_tasks.ReplyTask(prompts, vocabulary)]
+
+
+@lru_cache(maxsize=1)
+def _shipped_words(data: Path | None) -> frozenset[str]:
+    """The same for every axis that ships, so that replies are measured once for all of them."""
+    axes = {axis.axis: axis for item in shipped_sets() for axis in load_persona_set(item.name).sets}
+    return reply_tasks.ordinary_words(axes.values(), data)
 
 
 def _absent(name: str, context: TaskContext, file: str) -> Skipped | None:
