@@ -36,6 +36,7 @@ _KEYWORDS: Final = (b"ccv3", b"chara")  # the later version first: a PNG may car
 _PNG_SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
 _COMMENT: Final = re.compile(r"\{\{//[^{}]*\}\}")
 _CHARACTER: Final = re.compile(r"\{\{char\}\}|<bot>", re.IGNORECASE)
+_ADDRESS: Final = re.compile(r",\s*(?:\{\{user\}\}|<user>)(?=\s*[.!?…]|$)", re.IGNORECASE)
 _USER: Final = re.compile(r"\{\{user\}\}|<user>", re.IGNORECASE)
 
 
@@ -185,6 +186,7 @@ def _filled(text: str, name: str) -> str:
     """`text` with its placeholders replaced: the character's name, and what the character calls whom it talks to."""
     text = _COMMENT.sub("", text)
     text = _CHARACTER.sub(lambda _: name, text)
+    text = _ADDRESS.sub("", text)  # "Mind the stairs, {{user}}." needs no name
     return _USER.sub("the visitor", text).strip()
 
 

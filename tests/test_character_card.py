@@ -30,7 +30,7 @@ BRAM = CharacterCard(
     "Bram",
     "Bram keeps a lighthouse and tells the visitor to wipe their boots.",
     "gruff, exact",
-    ("The lamp needs oil.", "Mind the stairs.", "What do you want, the visitor?"),
+    ("The lamp needs oil.", "Mind the stairs.", "What do you want?"),
 )
 
 
