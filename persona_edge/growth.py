@@ -29,7 +29,7 @@ from persona_edge.masks import Granularity, Plane
 from persona_edge.pole_masks import Damages, Gates, Side, fisher_planes
 from persona_edge.statistics import Statistics
 
-__all__ = ["Grown", "Growth", "Limits", "merge_planes", "planes_digest"]
+__all__ = ["Grown", "Growth", "Limits", "cautious", "fixed", "merge_planes", "planes_digest"]
 
 DEFAULT_CHAT_WEIGHT = 0.15
 """What a nat of chat damage counts beside a nat of web damage when only one of the two is limited."""

@@ -26,6 +26,7 @@ from persona_edge.contrasts import CalibrationSet
 from persona_edge.encoding import EncodedText
 from persona_edge.errors import CalibrationError, InputError, MissingDependencyError, SelectionError
 from persona_edge.evaluation import BaseBehaviour, mean_kl, measure_base
+from persona_edge.growth import cautious
 from persona_edge.masks import PersonaSet
 from persona_edge.modeling import TorchModel
 
@@ -100,9 +101,7 @@ class SideEffects:
         base_web, base_chat = self._base  # before the change
         with change:
             web, chat = mean_kl(self._model, base_web), mean_kl(self._model, base_chat)
-        # A style can make a few passages likelier while it harms text in general: there the KL tells (docs/method.md).
-        ratio = max(web.perplexity_ratio, math.exp(web.kl_divergence))
-        return Drift(ratio, chat.kl_divergence, web.kl_divergence)
+        return cautious(Drift(web.perplexity_ratio, chat.kl_divergence, web.kl_divergence))
 
 
 @dataclass(frozen=True)

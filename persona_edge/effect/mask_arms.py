@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import lru_cache
@@ -20,6 +19,7 @@ from persona_edge.effect.interfaces import Arm, Engine, user_message
 from persona_edge.effect.runtime_engine import RuntimeEngine
 from persona_edge.effect.torch_engine import TorchEngine
 from persona_edge.errors import InputError
+from persona_edge.growth import planes_digest
 from persona_edge.masked_model import masked
 from persona_edge.maskpack import MaskPack, PackSummary, encode_pack
 from persona_edge.masks import ModelIdentity, PersonaSet, Plane, Pole
@@ -108,7 +108,7 @@ def paper_arm(context: ArmContext, method: Method, axis_set: CalibrationSet, tow
         return masked(context.model, make(density))
 
     def content(density: float) -> str:
-        return _digest(make(density))
+        return planes_digest(make(density))
 
     found = tune(context, Knob(f"{method} {name}", change, content, FIRST_DENSITY, LARGEST_DENSITY))
     pole = Pole(name, axis_set.axis, make(found.budget))
@@ -124,15 +124,6 @@ def paper_arm(context: ArmContext, method: Method, axis_set: CalibrationSet, tow
 def _maker(context: ArmContext, method: Method, axis_set: CalibrationSet, side: Side) -> PlaneMaker:
     statistics = context.calibrator.margins(calibration_part(axis_set))
     return paper_planes(context.model, _names(context), statistics, method=method, side=side, gate=0.0)
-
-
-def _digest(planes: Sequence[Plane]) -> str:
-    digest = hashlib.sha256()
-    for plane in planes:
-        for name, positions in plane.positions.items():
-            digest.update(f"{name} {plane.gate} {plane.granularity} {len(positions)} ".encode())
-            digest.update(positions.tobytes())
-    return digest.hexdigest()
 
 
 def _names(context: ArmContext) -> tuple[str, ...]:
