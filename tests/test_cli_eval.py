@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
@@ -91,16 +93,16 @@ def test_every_arm_on_every_task(folder: Path, tmp_path: Path) -> None:
 
 def test_the_runtime_measures_masks_and_prompts(folder: Path, tmp_path: Path) -> None:
     prefix = tmp_path / "effect"
-    tasks = "contrasts,wikitext,chat_kl,hellaswag,replies"
+    tasks = "contrasts,chat_kl,hellaswag"
     result = run_eval(
         *(folder, "--data", str(folder), *LIMITS, "--engine", "both", "--poles", "e", "--tasks", tasks),
-        *("--arms", "system-prompt,contrastive-fisher,wanda,control-vector", "--output", str(prefix)),
+        *("--arms", "system-prompt,contrastive-fisher,control-vector", "--output", str(prefix)),
     )
     assert result.exit_code == 0, result.output
     record = read(prefix)
     assert failures(record) == []
     names = {engine: [arm.name for arm in record.arms if arm.engine == engine] for engine in ("pytorch", "runtime")}
-    assert names["pytorch"] == ["base", "system-prompt", "contrastive-fisher", "wanda", "control-vector"]
+    assert names["pytorch"] == ["base", "system-prompt", "contrastive-fisher", "control-vector"]
     assert names["runtime"] == [name for name in names["pytorch"] if name in RUNTIME_ARMS]
     assert "note: on PyTorch only" in result.stderr
     assert {arm.pole for arm in record.arms} == {None, "E"}
@@ -126,6 +128,23 @@ def test_a_pack_is_measured_as_it_is(folder: Path, tmp_path: Path) -> None:
     ]
     assert record.arms[1].facts["source"] == "pack"
     assert str(record.settings["pack"]).startswith("tiny.maskpack, SHA-256 ")
+
+
+def test_a_pack_on_the_runtime_needs_no_torch(folder: Path, tmp_path: Path) -> None:
+    personas = personas_for(folder / "tiny.gguf", personas={"E": ("E",), "I": ("I",)})
+    write_pack(tmp_path / "tiny.maskpack", personas)
+    words = [
+        *("eval", "--model", folder / "tiny.gguf", "--personas", folder / "ei.jsonl", "--engine", "runtime", *FEW),
+        *("--pack", tmp_path / "tiny.maskpack", "--arms", "contrastive-fisher", "--tasks", "contrasts"),
+        *("--output", tmp_path / "effect"),
+    ]
+    without_torch = "import sys; sys.modules['torch'] = sys.modules['transformers'] = None"
+    code = f"{without_torch}\nfrom persona_edge.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    record = read(tmp_path / "effect")
+    assert failures(record) == []
+    assert [(arm.engine, arm.pole) for arm in record.arms] == [("runtime", None), ("runtime", "E"), ("runtime", "I")]
 
 
 def test_without_data_what_needs_none_is_measured(folder: Path, tmp_path: Path) -> None:

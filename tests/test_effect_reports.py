@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from persona_edge.effect.interfaces import CHAT_KL, SHARE, TOWARD_POLE, EngineName, Items
 from persona_edge.effect.intervals import estimate, oriented, paired_difference
@@ -38,7 +39,10 @@ HigherIs = Literal["positive", "better", "worse", "neutral"]
 
 
 def items(
-    values: Sequence[float], unit: str = SHARE, higher_is: HigherIs = "positive", name: str = TOWARD_POLE
+    values: Sequence[float] | NDArray[np.float64],
+    unit: str = SHARE,
+    higher_is: HigherIs = "positive",
+    name: str = TOWARD_POLE,
 ) -> Items:
     return Items(name, np.array(values, dtype=np.float64), unit, higher_is)
 
@@ -112,7 +116,7 @@ def test_intervals_hold_the_truth_nineteen_times_in_twenty() -> None:
 def test_a_share_of_all_or_nothing_is_not_certain(won: float, low: float, high: float) -> None:
     found = estimate(items([won] * 20))
     assert found is not None
-    assert (found.low, found.high) == (pytest.approx(low), pytest.approx(high))
+    assert [found.low, found.high] == pytest.approx([low, high])
     drift = estimate(items([0.0] * 20, "nats per token", "worse"))
     assert drift is not None
     assert (drift.low, drift.high) == (0, 0)
@@ -130,7 +134,7 @@ def test_items_that_could_not_be_measured_do_not_count() -> None:
 def test_a_pair_differs_by_what_was_added(values: list[float]) -> None:
     found = paired_difference(items(np.array(values) + 0.5, "nats"), items(values, "nats"))
     assert found is not None
-    assert (found.low, found.mean, found.high) == (pytest.approx(0.5),) * 3
+    assert [found.low, found.mean, found.high] == pytest.approx([0.5] * 3)
     assert found.excludes_zero
     assert paired_difference(items(values, "nats"), items([*values, 1.0], "nats")) is None
 

@@ -137,7 +137,7 @@ def test_what_fails_is_recorded_and_the_rest_goes_on() -> None:
         raise ImportError("no module")
 
     tasks = [ToyTask("a", breaks_for=0.5), ToyTask("b"), ToyTask("c", breaks_preparing=True)]
-    arms = [
+    arms: list[Arm | PlannedArm] = [
         arm("mask", "E", 0.5),
         arm("broken", "E", breaks=True),
         PlannedArm("lora", "E", 1, unmakeable),

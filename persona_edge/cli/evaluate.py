@@ -58,7 +58,7 @@ class _Names(click.ParamType[Any]):
     type=click.Path(path_type=Path, dir_okay=False),
     help="Measure this pack's masks instead of building some.",
 )
-@click.option("--n-items", type=click.IntRange(min=1), help="Items per task, at most. [default: 100; --quick: 24]")
+@click.option("--n-items", type=click.IntRange(min=1), help="Items per task, at most. [default: 100; --quick: 16]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--quick", is_flag=True, help="Fewer arms, tasks and items, and one axis: ten minutes on two cores.")
 @click.option("--max-chat-kl", type=float, default=0.2, show_default=True, help="Drift on chat every arm may cause.")

@@ -19,8 +19,8 @@ from persona_edge.persona_sets import PersonaSpec, load_persona_set
 
 __all__ = ["QUICK_ARMS", "EvalRequest", "Section", "chosen_arms", "chosen_engines", "chosen_tasks", "sections_of"]
 
-QUICK_ARMS: Final = ("base", "system-prompt", "retrieval", "contrastive-fisher", "control-vector")
-QUICK_ITEMS: Final = 24
+QUICK_ARMS: Final = ("base", "system-prompt", "contrastive-fisher", "control-vector")
+QUICK_ITEMS: Final = 16
 USUAL_ITEMS: Final = 100
 
 

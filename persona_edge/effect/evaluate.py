@@ -6,13 +6,15 @@ What can be refused is refused before the minutes of work. An interrupted run go
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from persona_edge.build import BuildSettings
 from persona_edge.cache import file_sha256
 from persona_edge.calibration import Calibrator, Progress, silent
 from persona_edge.contrasts import CalibrationSet
@@ -47,6 +49,7 @@ from persona_edge.sketch import check_identity
 __all__ = ["EvalRequest", "evaluate", "finish", "journal_path"]
 
 N_CTX = 2048  # what prompt arms and answers need, with room
+QUICK_BUILD = BuildSettings(n_steps=1, search_trials=3)
 
 
 def journal_path(request: EvalRequest) -> Path:
@@ -66,15 +69,13 @@ def evaluate(
     chosen_tasks(request)
     pack = None if request.pack is None else MaskPack.open(request.pack)
     sections = sections_of(request, pack)
-    require_offline()
+    if request.engine != "runtime":
+        require_offline()
     weights = weights_of(request.model, download_progress)
     if request.engine != "pytorch" and not weights.is_file():
         raise InputError(f"the engine runtime needs a .gguf file, and {weights.name} is a folder; use --engine pytorch")
     require_writable(report_path(request.output, ".json"))
-    model = load_torch_model(weights, name=weights.stem, device=request.device, dtype=request.dtype)
-    if pack is not None:
-        _check_pack(pack, model)
-    return _Evaluation(request, arms, pack, weights=weights, model=model, progress=progress).record(sections, notes)
+    return _Evaluation(request, arms, pack, weights, progress).record(sections, notes)
 
 
 def finish(record: Record, request: EvalRequest) -> tuple[Path, ...]:
@@ -91,17 +92,21 @@ class _Evaluation:
         request: EvalRequest,
         arms: Sequence[str],
         pack: MaskPack | None,
-        *,
         weights: Path,
-        model: TorchModel,
         progress: Progress,
     ) -> None:
         self.request, self.arms, self.pack = request, arms, pack
-        self.weights, self.model, self.progress = weights, model, progress
+        self.weights, self.progress = weights, progress
         self.sha256 = fingerprint(weights)
-        self.subject = Subject(weights.stem if weights.is_file() else weights.name, self.sha256, model.dtype_name)
+        self.subject = Subject(weights.stem if weights.is_file() else weights.name, self.sha256)
         self.journal = Journal(journal_path(request))
         self.notes: list[str] = []
+
+    @cached_property
+    def model(self) -> TorchModel:
+        """The model in PyTorch, loaded when it is needed: a pack on the runtime is measured without it."""
+        request = self.request
+        return load_torch_model(self.weights, name=self.weights.stem, device=request.device, dtype=request.dtype)
 
     @cached_property
     def context(self) -> ArmContext:
@@ -109,6 +114,7 @@ class _Evaluation:
         return ArmContext(
             self.model,
             Calibrator(self.model, self.sha256, progress=self.progress),
+            self._build,
             max_chat_kl=self.request.max_chat_kl,
             max_perplexity_ratio=self.request.max_perplexity_ratio,
             seed=self.request.seed,
@@ -130,16 +136,27 @@ class _Evaluation:
         return merged([record])  # base was measured once per axis
 
     def _on_engine(self, name: EngineName, sections: Sequence[Section]) -> Iterator[ArmRecord]:
-        with ExitStack() as stack:
-            engine: Engine = TorchEngine(self.model)
-            if name == "runtime":
-                threads = self.request.n_threads
-                engine = stack.enter_context(RuntimeEngine.open(self.weights, n_ctx=N_CTX, n_threads=threads))
-            runner = Runner(engine, progress=self.progress, subject=self.subject, journal=self.journal)
+        with self._engine(name) as engine:
+            number_format = self.model.dtype_name if name == "pytorch" else ""
+            subject = replace(self.subject, loaded_as=number_format)
+            runner = Runner(engine, progress=self.progress, subject=subject, journal=self.journal)
             for section in sections:
                 tasks = self._tasks(section)
                 for plan in self._plans(name, section):
                     yield runner.measure(plan, tasks, Axis.of(section.axis_set))
+
+    @contextmanager
+    def _engine(self, name: EngineName) -> Iterator[Engine]:
+        """The engine; ModelMismatchError when the pack was made from another model."""
+        if name == "pytorch":
+            if self.pack is not None:
+                _check_pack(self.pack, self.model)
+            yield TorchEngine(self.model)
+            return
+        with RuntimeEngine.open(self.weights, n_ctx=N_CTX, n_threads=self.request.n_threads) as engine:
+            if self.pack is not None:
+                engine.runtime.attach(self.pack)
+            yield engine
 
     def _tasks(self, section: Section) -> list[Task]:
         names, request = chosen_tasks(self.request), self.request
@@ -170,6 +187,10 @@ class _Evaluation:
     def _made(self, name: str, axis_set: CalibrationSet, toward: int) -> Arm:
         return next(make_arms([name], self.context, axis_set, toward))
 
+    @property
+    def _build(self) -> BuildSettings:
+        return QUICK_BUILD if self.request.quick else BuildSettings()
+
     @cached_property
     def _pack_sha256(self) -> str:
         return "" if self.request.pack is None else file_sha256(self.request.pack)
@@ -182,6 +203,8 @@ class _Evaluation:
             "set": axis_set.content_hash(),
             "descriptions": descriptions,
             "limits": limits,
+            "build": asdict(self._build),
+            "dtype": request.dtype,
             "seed": request.seed,
         }
 
@@ -192,7 +215,7 @@ class _Evaluation:
             "seed": request.seed,
             "chat KL, at most": request.max_chat_kl,
             "perplexity ratio, at most": request.max_perplexity_ratio,
-            "number format of PyTorch": self.model.dtype_name,
+            "number format of PyTorch": None if request.engine == "runtime" else self.model.dtype_name,
             "pack": None if request.pack is None else f"{request.pack.name}, SHA-256 {self._pack_sha256}",
             "sets": {s.axis_set.axis: f"{s.spec.name}, SHA-256 {s.axis_set.content_hash()}" for s in sections},
         }
