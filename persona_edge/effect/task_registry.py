@@ -136,7 +136,7 @@ def _self_descriptions(name: str, context: TaskContext) -> list[Made]:
     if "".join(sorted(poles)) not in {"EI", "NS", "FT", "JP"}:
         return [Skipped(name, f"the sixteen types say nothing about the axis {axis.axis}")]
     absent = _absent(name, context, composition_task.TYPE_FILE)
-    n = max(context.n_items // 4, 1)
+    n = max(context.n_items // 8, 1)
     return [absent or composition_task.type_answers_task(_folder(context), poles, n, context.seed)]
 
 
