@@ -111,8 +111,8 @@ def test_shares_of_limits_and_what_is_used_of_them() -> None:
     limits = Limits(1.02, 0.2)
     assert limits.share(0.5).max_perplexity_ratio == pytest.approx(math.sqrt(1.02))
     assert limits.share(0.5).max_chat_kl == pytest.approx(0.1)
-    assert limits.used(Drift(math.sqrt(1.02), 0.05)) == (pytest.approx(0.5), pytest.approx(0.25))
-    assert Limits(None, 0.2).used(Drift(2.0, 0.1)) == (0, pytest.approx(0.5))
+    assert list(limits.used(Drift(math.sqrt(1.02), 0.05))) == pytest.approx([0.5, 0.25])
+    assert list(Limits(None, 0.2).used(Drift(2.0, 0.1))) == pytest.approx([0, 0.5])
     assert limits.chat_weight == pytest.approx(math.log(1.02) / 0.2)
     assert Limits(None, 0.2).chat_weight == Limits(1.02, None).chat_weight
 

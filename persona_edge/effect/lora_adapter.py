@@ -22,7 +22,7 @@ __all__ = ["adapted", "fresh_adapter"]
 
 @contextmanager
 def adapted(
-    model: TorchModel, tensors: Mapping[str, torch.Tensor], *, rank: int, alpha: float, scale: float = 1.0
+    model: TorchModel, tensors: Mapping[str, torch.Tensor], *, rank: int, alpha: int, scale: float = 1.0
 ) -> Iterator[None]:
     """While open, every layer adds `scale` * alpha / rank * B A x to its output; then the model is as before."""
     import torch
@@ -37,7 +37,7 @@ def adapted(
 
 @contextmanager
 def fresh_adapter(
-    model: TorchModel, *, rank: int, alpha: float, scale: float = 1.0, seed: int = 0
+    model: TorchModel, *, rank: int, alpha: int, scale: float = 1.0, seed: int = 0
 ) -> Iterator[dict[str, torch.nn.Parameter]]:
     """While open, the model has a new adapter (B is zero, A drawn by `seed`); yields its parameters by name.
 

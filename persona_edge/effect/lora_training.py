@@ -28,7 +28,7 @@ from persona_edge.files import atomic_output
 from persona_edge.forward import scored_logits, scored_targets
 from persona_edge.machine import release_freed_memory
 from persona_edge.modeling import TorchModel
-from persona_edge.packed_pairs import PackedRows, contrast_batches, pack_pairs, packed_logits
+from persona_edge.packed_pairs import PackedPairs, contrast_batches, pack_pairs, packed_logits
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +50,7 @@ class LoraSettings:
     learning_rate: float
     n_epochs: int
     rank: int = 16
-    alpha: float = 32.0
+    alpha: int = 32
     batch_tokens: int = 512
     beta: float = 0.1
     largest_gradient: float = 1.0
@@ -158,7 +158,7 @@ def _step(job: _Job, loss_of: Loss, optimizer: torch.optim.Optimizer, rate: floa
     with torch.autocast(job.model.device.type, torch.bfloat16, enabled=job.model.dtype_name == "bfloat16"):
         loss = loss_of()
     optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     for group in optimizer.param_groups:
         torch.nn.utils.clip_grad_norm_(group["params"], job.settings.largest_gradient)
         group["lr"] = job.settings.learning_rate * rate
@@ -213,7 +213,7 @@ def _supervised(model: TorchModel, texts: Sequence[EncodedText], settings: LoraS
     return [one(batch) for batch in batches(texts, max_tokens=settings.batch_tokens, device=model.device)]
 
 
-def _preference(model: TorchModel, batch: PackedRows, beta: float) -> Loss:
+def _preference(model: TorchModel, batch: PackedPairs, beta: float) -> Loss:
     import torch
 
     with torch.no_grad():
@@ -225,7 +225,7 @@ def _preference(model: TorchModel, batch: PackedRows, beta: float) -> Loss:
     return loss
 
 
-def _summed_margins(model: TorchModel, batch: PackedRows) -> torch.Tensor:
+def _summed_margins(model: TorchModel, batch: PackedPairs) -> torch.Tensor:
     """Summed log-probability of the first answer minus that of the second, (n_pairs,)."""
     import torch
 

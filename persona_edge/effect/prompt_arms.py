@@ -125,7 +125,7 @@ def _facts(
     tokenizer = context.model.tokenizer
     prompts = [contrast.prompt for contrast in calibration_part(axis_set).contrasts[:16]]
     added = [
-        len(message_tokens(tokenizer, [dict(m) for m in messages(prompt)]))  # type: ignore[arg-type]
+        len(message_tokens(tokenizer, [dict(m) for m in messages(prompt)]))
         - len(message_tokens(tokenizer, [{"role": "user", "content": prompt}]))
         for prompt in prompts
     ]
@@ -141,7 +141,8 @@ def _chat_kl(context: ArmContext, messages: Messages) -> float:
     engine = TorchEngine(context.model)
     turns = [turn for turn in context.calibrator.neutral_turns() if turn[1].strip()]
     every = max(2, round(1 / context.calibrator.settings.held_out))
-    plain, prompted = [], []
+    plain: list[EncodedText] = []
+    prompted: list[EncodedText] = []
     for prompt, answer in turns[::every]:
         tokens = engine.text_tokens(answer)[:MAX_RESPONSE_TOKENS]
         for texts, asked in ((plain, user_message(prompt)), (prompted, messages(prompt))):
@@ -149,4 +150,4 @@ def _chat_kl(context: ArmContext, messages: Messages) -> float:
     kl = 0.0
     for before, now in zip(engine.distributions(plain), engine.distributions(prompted), strict=True):
         kl += float((np.exp(before) * (before - now)).sum())
-    return kl / sum(text.n_scored for text in plain)
+    return kl / float(sum(text.n_scored for text in plain))

@@ -161,7 +161,7 @@ def _roles(name: str, context: TaskContext) -> list[Made]:
 
 def _wikitext(name: str, context: TaskContext) -> list[Made]:
     absent = _absent(name, context, "capability/wikitext2_raw_test.txt")
-    return [absent or drift_tasks.wikitext_task(_folder(context), max(context.n_items // 2, 1))]
+    return [absent or drift_tasks.wikitext_task(_folder(context), max(context.n_items // 4, 8))]
 
 
 def _web_kl(name: str, context: TaskContext) -> list[Made]:
