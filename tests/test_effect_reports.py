@@ -207,6 +207,14 @@ def test_the_default_method_stands_against_every_arm(record: Record) -> None:
     assert cells(reversed_view, "contrastive-fisher")[3] == "0 of 2 (0 clearly, 2 clearly lower)"
 
 
+def test_base_alone_is_shown_as_the_positive_pole_sees_it(record: Record) -> None:
+    (table,) = overview_tables(replace(record, arms=record.arms[:1]))
+    assert [row[:2] for row in table.rows] == [("E: base", "50.0 [30.0, 70.0]")]
+    only_i = [arm for arm in record.arms if arm.pole != "E" and arm.engine == "pytorch"]
+    (table,) = overview_tables(replace(record, arms=tuple(only_i)))
+    assert [row[0] for row in table.rows] == ["I: base", "I: system-prompt", "I: contrastive-fisher"]
+
+
 def test_facts_and_problems(record: Record) -> None:
     table = facts_table(record)
     assert table.headers == ("arm", "artefact bytes", "strength", "seconds to make")

@@ -105,17 +105,23 @@ def engines_of(record: Record) -> tuple[str, ...]:
 
 
 def sides_of(record: Record, engine: str) -> tuple[Side, ...]:
-    """The poles and compositions that were measured on each axis, positive poles first."""
+    """The poles and compositions that were measured on each axis, positive poles first.
+
+    Where only base was measured, it is shown as the positive pole sees it.
+    """
     found: dict[Side, None] = {}
     for axis in record.axes:
-        of_axis = []
-        for arm in record.arms:
-            towards = {outcome.toward for outcome in arm.outcomes if outcome.axis == axis.name}
-            if arm.engine == engine and arm.pole is not None:
-                of_axis += [Side(axis, arm.pole, toward) for toward in towards if toward]
-        found |= dict.fromkeys(
-            sorted(of_axis, key=lambda side: (side.pole not in (axis.positive, axis.negative), -side.toward))
-        )
+        measured = [
+            (arm.pole, outcome.toward)
+            for arm in record.arms
+            for outcome in arm.outcomes
+            if arm.engine == engine and outcome.axis == axis.name
+        ]
+        sides = [Side(axis, pole, toward) for pole, toward in measured if pole is not None]
+        if measured and not sides:
+            sides = [Side(axis, axis.positive, 1)]
+        poles = (axis.positive, axis.negative)
+        found |= dict.fromkeys(sorted(sides, key=lambda side: (side.pole not in poles, -side.toward)))
     return tuple(found)
 
 
