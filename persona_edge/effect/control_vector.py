@@ -37,7 +37,7 @@ __all__ = ["ControlVector", "control_vector_arm", "controlled", "find_control_ve
 
 # Middle to late blocks: earlier ones read words, the last ones already choose them.
 FIRST_BLOCK, LAST_BLOCK = 0.35, 0.85
-FIRST_COEFFICIENT = 0.5
+FIRST_COEFFICIENT = 0.05
 BYTES_PER_NUMBER = 4  # as llama.cpp stores control vectors
 
 
