@@ -80,6 +80,9 @@ _PROTOTYPES: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
     "gguf_free": (None, (c_void_p,)),
     "gguf_get_n_tensors": (c_int64, (c_void_p,)),
     "gguf_get_tensor_name": (c_char_p, (c_void_p, c_int64)),
+    "gguf_get_data_offset": (c_size_t, (c_void_p,)),
+    "gguf_get_tensor_offset": (c_size_t, (c_void_p, c_int64)),
+    "gguf_get_tensor_size": (c_size_t, (c_void_p, c_int64)),
 }
 _GET_TENSOR = "_ZNK11llama_model10get_tensorEPKc"
 

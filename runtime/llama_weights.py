@@ -1,9 +1,8 @@
-"""A llama.cpp model whose weights can be edited: loading it that way, and finding its tensors in memory.
+"""A llama.cpp model whose weights can be edited: loading it that way, and views of its tensors' memory.
 
-Weights are loaded into plain heap memory of the CPU (no mmap, no repacked buffers, no GPU), in the layout of the GGUF
-file, so what is written to them takes effect on the next evaluated token. A tensor's address is asked from the model by
-name, or, where the library does not export that method, read off the graph of one evaluated token; both give the same.
-How the weights are used is `llama_backend`'s business, what is written to them `switcher`'s.
+Weights lie in memory in the layout of the GGUF file, so what is written to them takes effect on the next evaluated
+token. That memory is the process's own heap, or the file itself, mapped copy-on-write; `placement` says which is when
+better. How the weights are used is `llama_backend`'s business, what is written to them `switcher`'s.
 """
 
 from __future__ import annotations
@@ -12,45 +11,54 @@ import ctypes
 import hashlib
 import os
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from persona_edge.errors import ModelError, ModelFileError, UnsupportedModelError, WeightAccessError
 from persona_edge.gguf_magic import check_is_gguf
-from persona_edge.runtime.llama_library import GgmlTensor, GgufInitParams, LlamaLibrary, load_library
+from persona_edge.runtime.llama_files import ModelPart, damaged, read_parts
+from persona_edge.runtime.llama_library import GgmlTensor, LlamaLibrary, load_library
+from persona_edge.runtime.llama_lookup import TensorLookup, tensor_handles
+from persona_edge.runtime.llama_mapping import make_private, mapped_spans
+from persona_edge.runtime.placement import Placement, WeightsMode, choose_placement
 from persona_edge.runtime.switcher import WeightTensor
 
 __all__ = ["LlamaModel", "TensorLookup", "find_tensors", "weights_digest"]
 
-TensorLookup = Literal["auto", "symbol", "graph"]
 _UNSUPPORTED = ("unknown model architecture", "unknown pre-tokenizer", "unsupported")
 _OUT_OF_MEMORY = ("allocate", "bad_alloc")
 
 
 class LlamaModel:
-    """A loaded model. It owns the memory that `find_tensors` hands out views of: never use them after `close`."""
+    """A loaded model. It owns the memory that `find_tensors` hands out views of: never use them after `close`.
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    `placement` says where the weights lie, and why there.
+    """
+
+    _handle: int | None
+
+    def __init__(self, path: str | os.PathLike[str], *, weights: WeightsMode = "auto") -> None:
         """Load the GGUF at `path`, or all parts when it is the first part of a split model.
 
         Raises ModelNotFoundError, ModelFileError (not a GGUF, damaged), UnsupportedModelError (an architecture that
-        this libllama does not know, or one that does not generate text), ModelError (too large for the memory) and
-        MissingDependencyError.
+        this libllama does not know, or one that does not generate text), ModelError (too large for the memory),
+        WeightAccessError ("mmap" was asked for and is impossible here) and MissingDependencyError.
         """
         self.path = Path(path)
         check_is_gguf(self.path)
         self.library: LlamaLibrary = load_library()
-        parts = _split_parts(self.library, self.path)
-        self.file_tensor_names = tuple(name for part in parts for name in _tensor_names(self.library, part))
-        self._handle: int | None = _load(self.library, self.path)
-        self._finalizer = weakref.finalize(self, self.library.api.llama_model_free, self._handle)
+        parts = read_parts(self.library, self.path)
+        self.file_tensor_names = tuple(tensor.name for part in parts for tensor in part.tensors)
+        self.placement = choose_placement(weights, sum(part.path.stat().st_size for part in parts))
+        self._load()
         self.architecture = self.metadata("general.architecture") or "unknown"
         _check_generates_text(self)
+        if self.placement.kind == "mmap":
+            self._make_mapping_writable(parts, or_use_heap=weights == "auto")
 
     @property
     def handle(self) -> int:
@@ -74,6 +82,28 @@ class LlamaModel:
         self._handle = None
         self._finalizer()
 
+    def tensor_handles(self, lookup: TensorLookup = "auto") -> dict[str, int]:
+        """The address of each `ggml_tensor` of the file that the model keeps, by name, in the file's order."""
+        found = tensor_handles(self.library, self.handle, self.file_tensor_names, lookup)
+        return {name: found[name] for name in self.file_tensor_names if name in found}
+
+    def _load(self) -> None:
+        self._handle = _load(self.library, self.path, is_mapped=self.placement.kind == "mmap")
+        self._finalizer = weakref.finalize(self, self.library.api.llama_model_free, self._handle)
+
+    def _make_mapping_writable(self, parts: Sequence[ModelPart], *, or_use_heap: bool) -> None:
+        """From now on an edit copies its page. Where that fails, load anew into the heap, or say why it failed."""
+        try:
+            make_private(mapped_spans(parts, _mapped_addresses(self)))
+        except WeightAccessError as error:
+            self.close()
+            if not or_use_heap:
+                raise WeightAccessError(
+                    f"the mapped weights of {self.path.name} cannot be edited: {error}; open it with weights='heap'"
+                ) from None
+            self.placement = Placement("heap", f"mapped weights cannot be edited ({error})", is_fallback=True)
+            self._load()
+
 
 def find_tensors(model: LlamaModel, *, lookup: TensorLookup = "auto") -> dict[str, WeightTensor]:
     """Every tensor of the file that the model keeps in memory, by GGUF name, in the file's order.
@@ -82,15 +112,8 @@ def find_tensors(model: LlamaModel, *, lookup: TensorLookup = "auto") -> dict[st
     dimensions, so a vector has one row. `lookup` forces one of the two ways of finding addresses.
     Raises WeightAccessError when a tensor cannot be found, or does not lie in memory that the CPU may write.
     """
-    if lookup == "auto":
-        lookup = "symbol" if model.library.get_tensor is not None else "graph"
-    handles = _handles_by_symbol(model) if lookup == "symbol" else _handles_in_graph(model)
-    if not handles:
-        raise WeightAccessError(
-            f"none of the {len(model.file_tensor_names)} tensors of {model.path.name} could be found in memory; "
-            "install llama-cpp-python 0.3.36"
-        )
-    return {name: _weight_tensor(model, name, handles[name]) for name in model.file_tensor_names if name in handles}
+    handles = model.tensor_handles(lookup)
+    return {name: _weight_tensor(model, name, handle) for name, handle in handles.items()}
 
 
 def weights_digest(tensors: Iterable[WeightTensor]) -> str:
@@ -102,42 +125,11 @@ def weights_digest(tensors: Iterable[WeightTensor]) -> str:
     return digest.hexdigest()
 
 
-def _split_parts(library: LlamaLibrary, path: Path) -> list[Path]:
-    """The files of a model, by llama.cpp's rule: `name-00001-of-00003.gguf` and so on, loaded by naming the first."""
-    stem, _, count = path.stem.rpartition("-of-")
-    prefix, _, number = stem.rpartition("-")
-    if not (prefix and len(number) == len(count) == 5 and (number + count).isdigit()):
-        return [path]
-    if int(number) != 1:
-        raise ModelFileError(f"{path.name} is part {int(number)} of a split model; give the path of part 1")
-    buffer = ctypes.create_string_buffer(len(os.fsencode(path)) + 64)
-    parts = []
-    for index in range(int(count)):
-        library.api.llama_split_path(buffer, len(buffer), os.fsencode(path.with_name(prefix)), index, int(count))
-        parts.append(Path(os.fsdecode(buffer.value)))
-        check_is_gguf(parts[-1])
-    return parts
-
-
-def _tensor_names(library: LlamaLibrary, path: Path) -> list[str]:
-    """Tensor names of one GGUF file, in order, read by ggml's own reader without loading weights."""
-    ggml = library.ggml
+def _load(library: LlamaLibrary, path: Path, *, is_mapped: bool) -> int:
+    """The `llama_model *` of `path`, with its weights in plain CPU memory or mapped from the file."""
     library.log.clear()
-    gguf = ggml.gguf_init_from_file(os.fsencode(path), GgufInitParams(True, None))
-    if not gguf:
-        raise ModelFileError(_damaged(path, library.log.first_error()))
-    try:
-        return [ggml.gguf_get_tensor_name(gguf, i).decode() for i in range(ggml.gguf_get_n_tensors(gguf))]
-    except UnicodeDecodeError:
-        raise ModelFileError(_damaged(path, "a tensor's name is not UTF-8")) from None
-    finally:
-        ggml.gguf_free(gguf)
-
-
-def _load(library: LlamaLibrary, path: Path) -> int:
-    """The `llama_model *` of `path`, with its weights in plain CPU memory."""
-    library.log.clear()
-    handle: int | None = library.api.llama_model_load_from_file(os.fsencode(path), _editable_params(library.api))
+    params = _editable_params(library.api, is_mapped=is_mapped)
+    handle: int | None = library.api.llama_model_load_from_file(os.fsencode(path), params)
     if handle:
         return handle
     reason = library.log.first_error().removeprefix("error loading model: ")
@@ -146,15 +138,11 @@ def _load(library: LlamaLibrary, path: Path) -> int:
     if any(phrase in reason for phrase in _OUT_OF_MEMORY):
         n_megabytes = path.stat().st_size // 10**6
         raise ModelError(f"not enough memory for {path.name} ({n_megabytes} MB): {reason}; use a smaller model")
-    raise ModelFileError(_damaged(path, reason))
+    raise ModelFileError(damaged(path, reason))
 
 
-def _damaged(path: Path, reason: str) -> str:
-    return f"{path} is damaged or incomplete: {reason or 'llama.cpp gives no reason'}; download it again"
-
-
-def _editable_params(api: ModuleType) -> ctypes.Structure:
-    """Model parameters that put weights where they can be edited: heap, layout of the file, CPU.
+def _editable_params(api: ModuleType, *, is_mapped: bool) -> ctypes.Structure:
+    """Model parameters that put weights where they can be edited: CPU, layout of the file.
 
     `load_mode` replaced `use_mmap` within the range of versions that are supported.
     """
@@ -162,9 +150,9 @@ def _editable_params(api: ModuleType) -> ctypes.Structure:
     params.n_gpu_layers = 0
     params.use_extra_bufts = False
     if hasattr(params, "load_mode"):
-        params.load_mode = api.LLAMA_LOAD_MODE_NONE
+        params.load_mode = api.LLAMA_LOAD_MODE_MMAP if is_mapped else api.LLAMA_LOAD_MODE_NONE
     else:
-        params.use_mmap = False
+        params.use_mmap = is_mapped
     return params
 
 
@@ -177,40 +165,10 @@ def _check_generates_text(model: LlamaModel) -> None:
         )
 
 
-def _handles_by_symbol(model: LlamaModel) -> dict[str, int]:
-    """Address of each `ggml_tensor`, asked from the model by name."""
-    get_tensor = model.library.get_tensor
-    if get_tensor is None:
-        raise WeightAccessError("this libllama does not export llama_model::get_tensor; use the graph lookup")
-    found = {name: get_tensor(model.handle, name.encode()) for name in model.file_tensor_names}
-    return {name: handle for name, handle in found.items() if handle}
-
-
-def _handles_in_graph(model: LlamaModel) -> dict[str, int]:
-    """Address of each `ggml_tensor` that takes part in evaluating one token, read off the graph's nodes."""
-    api = model.library.api
-    wanted = {name.encode() for name in model.file_tensor_names}
-    found: dict[bytes, int] = {}
-
-    def look_at(node: int, _ask: bool, _user_data: object) -> bool:
-        for source in GgmlTensor.from_address(node).src:
-            if source and (name := GgmlTensor.from_address(source).name) in wanted:
-                found[name] = source
-        return False  # its values are of no interest
-
-    params = api.llama_context_default_params()
-    params.n_ctx = params.n_batch = params.n_ubatch = 32
-    params.cb_eval = api.ggml_backend_sched_eval_callback(look_at)
-    context = api.llama_init_from_model(model.handle, params)
-    if not context:
-        raise WeightAccessError(
-            f"cannot evaluate {model.path.name} to find its tensors; {model.library.log.first_error()}"
-        )
-    try:
-        api.llama_decode(context, api.llama_batch_get_one((api.llama_token * 1)(0), 1))
-    finally:
-        api.llama_free(context)
-    return {name.decode(): handle for name, handle in found.items()}
+def _mapped_addresses(model: LlamaModel) -> dict[str, int]:
+    """Where the data of each tensor begins that lies in a mapped buffer."""
+    tensors = {name: GgmlTensor.from_address(handle) for name, handle in model.tensor_handles().items()}
+    return {name: tensor.data for name, tensor in tensors.items() if _is_mapped(model, tensor.buffer)}
 
 
 def _weight_tensor(model: LlamaModel, name: str, handle: int) -> WeightTensor:
@@ -243,11 +201,17 @@ class _Memory:
 
 
 def _check_writable(model: LlamaModel, name: str, buffer: int | None) -> None:
-    """Repacked, AMX and GPU buffers are no host buffers; a mapped one is, but its pages are read-only."""
+    """Repacked, AMX and GPU buffers are no host buffers; a mapped one is, but its pages are read-only at first."""
     ggml = model.library.ggml
-    kind = ggml.ggml_backend_buffer_name(buffer).decode() if buffer else "missing"
-    if not buffer or not ggml.ggml_backend_buffer_is_host(buffer) or "Mapped" in kind:
+    is_read_only = model.placement.kind != "mmap" and _is_mapped(model, buffer)
+    if not buffer or not ggml.ggml_backend_buffer_is_host(buffer) or is_read_only:
+        kind = ggml.ggml_backend_buffer_name(buffer).decode() if buffer else "missing"
         raise WeightAccessError(
             f"{name} lies in a {kind} buffer, which cannot be edited in place; "
-            "weights must be in plain CPU memory (no mmap, no repacking, no GPU layers)"
+            "weights must be in plain CPU memory (no repacking, no GPU layers)"
         )
+
+
+def _is_mapped(model: LlamaModel, buffer: int | None) -> bool:
+    """Whether `buffer` is pages of the file; ggml says so in the buffer's name only."""
+    return bool(buffer) and b"Mapped" in model.library.ggml.ggml_backend_buffer_name(buffer)

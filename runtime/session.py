@@ -34,6 +34,7 @@ from persona_edge.runtime.fair_lock import FairLock
 from persona_edge.runtime.generation import generate_pieces
 from persona_edge.runtime.llama_backend import LlamaBackend
 from persona_edge.runtime.llama_weights import LlamaModel, find_tensors, weights_digest
+from persona_edge.runtime.placement import Placement, WeightsMode
 from persona_edge.runtime.probabilities import log_p_of_targets, log_softmax
 from persona_edge.runtime.switcher import PersonaProgram, Switcher, WeightTensor, compile_program
 from persona_edge.runtime.values import Completion, FinishReason, Message, SamplingOptions, SwitchReport
@@ -76,15 +77,17 @@ class PersonaRuntime:
         n_ctx: int = 4096,
         n_threads: int | None = None,
         seed: int = 0,
+        weights: WeightsMode = "auto",
     ) -> Self:
         """Load the GGUF file `model` and attach `pack` if given. Nothing is written to the weights yet.
 
         `n_ctx` is capped at what the model was trained for; `n_threads` None takes the physical cores. The seed makes
-        a whole session repeatable. Raises InputError, ModelNotFoundError, ModelFileError, UnsupportedModelError,
+        a whole session repeatable. `weights` says where they lie: "heap", "mmap" (the file, mapped copy-on-write), or
+        "auto", whichever is better. Raises InputError, ModelNotFoundError, ModelFileError, UnsupportedModelError,
         WeightAccessError, MissingDependencyError, and what `attach` raises.
         """
         with ExitStack() as on_failure:
-            loaded = LlamaModel(model)
+            loaded = LlamaModel(model, weights=weights)
             on_failure.callback(loaded.close)
             backend = LlamaBackend(loaded, n_ctx=n_ctx, n_threads=n_threads)
             on_failure.callback(backend.close)
@@ -121,6 +124,11 @@ class PersonaRuntime:
     def strength(self) -> float:
         """The active persona's strength, 0 to 1; 0 for the unmodified model."""
         return self._strength
+
+    @property
+    def placement(self) -> Placement:
+        """Where the weights lie, and why there."""
+        return self._model.placement
 
     @property
     def n_ctx(self) -> int:

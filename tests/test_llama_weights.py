@@ -6,6 +6,7 @@ import ctypes
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import gguf
 import numpy as np
@@ -18,7 +19,7 @@ from persona_edge.errors import (
     UnsupportedModelError,
     WeightAccessError,
 )
-from persona_edge.runtime import llama_library, llama_weights
+from persona_edge.runtime import llama_library, llama_lookup, llama_weights
 from persona_edge.runtime.llama_library import GgmlTensor, check_tensor_layout, load_library
 from persona_edge.runtime.llama_weights import LlamaModel, TensorLookup, find_tensors, weights_digest
 
@@ -180,23 +181,23 @@ def test_a_tensor_that_disagrees_with_the_library_is_refused(
     tiny: LlamaModel, monkeypatch: pytest.MonkeyPatch, lookup: TensorLookup
 ) -> None:
     monkeypatch.setattr(llama_weights, "GgmlTensor", ShiftedTensor)
+    monkeypatch.setattr(llama_lookup, "GgmlTensor", ShiftedTensor)
     with pytest.raises(WeightAccessError, match="install llama-cpp-python"):
         find_tensors(tiny, lookup=lookup)
 
 
-def test_mapped_weights_are_refused(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not hasattr(load_library().api, "LLAMA_LOAD_MODE_MMAP"):
-        pytest.skip("this llama-cpp-python spells mmap differently")
+def test_mapped_weights_are_refused_unless_they_were_made_writable(
+    tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     editable = llama_weights._editable_params
 
-    def mapped(api: object) -> ctypes.Structure:
-        params = editable(api)  # type: ignore[arg-type]
-        params.load_mode = load_library().api.LLAMA_LOAD_MODE_MMAP
-        return params
+    def mapped(api: ModuleType, *, is_mapped: bool) -> ctypes.Structure:
+        assert not is_mapped
+        return editable(api, is_mapped=True)
 
     monkeypatch.setattr(llama_weights, "_editable_params", mapped)
     with pytest.raises(WeightAccessError, match="CPU_Mapped buffer, which cannot be edited"):
-        find_tensors(LlamaModel(tiny_path))
+        find_tensors(LlamaModel(tiny_path, weights="heap"))
 
 
 def test_a_split_model_is_one_model(tiny_path: Path, tmp_path: Path) -> None:
