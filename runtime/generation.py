@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Sequence
 from time import perf_counter
 
 from persona_edge.runtime.fair_lock import FairLock
-from persona_edge.runtime.llama_backend import LlamaBackend, Sampler
+from persona_edge.runtime.llama_backend import LlamaBackend
 from persona_edge.runtime.text_stream import TextStream
 from persona_edge.runtime.values import Completion, FinishReason, SamplingOptions
 
@@ -37,7 +37,7 @@ def generate_pieces(
     first_token_at = started
     reason: FinishReason | None = None
     ticket: int | None = None
-    with Sampler(backend, options, prompt) as sampler:
+    with backend.sampler(options, prompt) as sampler:
         while reason is None:
             with lock:
                 ticket = backend.evaluate(tokens, ticket)

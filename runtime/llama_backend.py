@@ -100,6 +100,10 @@ class LlamaBackend:
             self._decode(chunk, range(len(chunk) - 1, len(chunk)) if is_last else range(0))
         return self._ticket
 
+    def sampler(self, options: SamplingOptions, prompt: Sequence[int] = ()) -> Sampler:
+        """What chooses the tokens of one generation; a context manager."""
+        return Sampler(self, options, prompt)
+
     def sample(self, sampler: Sampler) -> int:
         """The next token after those evaluated last."""
         first_logit = self._api.llama_get_logits_ith(self._handle, -1)[0]
