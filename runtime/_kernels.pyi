@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 Layout = NewType("Layout", object)
 Tensors = NewType("Tensors", object)
-_Log = tuple[NDArray[Any], ...]
+Plan = NewType("Plan", object)
 
 def layout(words: NDArray[np.int32], /) -> Layout: ...
 def tensors(layouts: tuple[Layout, ...], data: tuple[NDArray[np.uint8], ...], /) -> Tensors: ...
@@ -37,4 +37,15 @@ def scale(
     out: NDArray[np.uint8],
     /,
 ) -> None: ...
-def switch(tensors: Tensors, old: _Log, new: _Log, /) -> tuple[int, int, int]: ...
+def plan(tensors: Tensors, arrays: tuple[NDArray[Any], ...], /) -> Plan: ...
+def switch(
+    old: Plan,
+    old_fields: NDArray[np.uint8],
+    old_filled: NDArray[np.int64],
+    new: Plan,
+    new_fields: NDArray[np.uint8],
+    new_filled: NDArray[np.int64],
+    n_threads: int,
+    /,
+) -> tuple[int, int, int]: ...
+def touch(plan: Plan, n_threads: int, /) -> None: ...

@@ -68,12 +68,16 @@ def code_terms(
     codes = layout.codes
     assert codes is not None
     flat = positions.astype(np.int64)
+    block = flat // layout.block_weights * layout.block_bytes
+    if codes.n_scales == 0:
+        return CodeTerms(
+            _times_super(np.ones(len(flat), dtype), data, block, codes.super_scale), np.zeros(len(flat), dtype)
+        )
     numbers = layout.numbers.to_float32(layout.group.read(data, flat // GROUP_SIZE))
     with np.errstate(invalid="ignore"):  # a signalling NaN
         group = numbers.astype(dtype)
     sub = flat % GROUP_SIZE * codes.n_scales // GROUP_SIZE
     each = np.arange(len(flat))
-    block = flat // layout.block_weights * layout.block_bytes
     scale = _times_super(group[each, sub], data, block, codes.super_scale)
     if codes.min_sign == 0:
         return CodeTerms(scale, np.zeros(len(flat), dtype))

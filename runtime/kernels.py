@@ -10,16 +10,18 @@ from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
 from persona_edge.errors import InputError, MissingDependencyError
+from persona_edge.machine import usable_cores
 from persona_edge.masks import Granularity
 from persona_edge.runtime import numpy_kernels
 from persona_edge.runtime.layouts import FieldMap, Units, WeightLayout
 from persona_edge.runtime.number_formats import NumberFormat
-from persona_edge.runtime.plans import SwitchCounts, UndoLog
+from persona_edge.runtime.plans import Plan, SwitchCounts, UndoLog
 
 if TYPE_CHECKING:
     from persona_edge.runtime import _kernels
@@ -28,6 +30,7 @@ __all__ = ["CKernels", "Kernels", "NumpyKernels", "default_kernels", "implementa
 
 Bytes = NDArray[np.uint8]
 Gates = NDArray[np.float32]
+_UNITS_PER_THREAD = 1 << 15
 TensorSet = Any  # what `tensors` gave; only the kernels that made it can read it
 
 
@@ -98,9 +101,12 @@ class CKernels:
 
     name: Literal["c", "numpy"] = "c"
 
-    def __init__(self) -> None:
+    def __init__(self, n_threads: int | None = None) -> None:
+        """`n_threads` for every switch, however small; None lets a switch take as many as pay."""
         self._native = _native()
+        self._n_threads = n_threads
         self._layouts: dict[int, _kernels.Layout] = {}
+        self._plans: WeakKeyDictionary[Plan, tuple[TensorSet, _kernels.Plan]] = WeakKeyDictionary()
 
     def gather(self, units: Units) -> Bytes:
         """See Kernels."""
@@ -125,7 +131,29 @@ class CKernels:
 
     def switch(self, tensors: TensorSet, old: UndoLog, new: UndoLog) -> SwitchCounts:
         """See Kernels."""
-        return SwitchCounts(*self._native.switch(tensors, _arrays(old), _arrays(new)))
+        plans = self.bind(tensors, old.plan), self.bind(tensors, new.plan)
+        n_threads = self.threads_for(len(old.plan.positions) + len(new.plan.positions))
+        arguments = (plans[0], old.fields, old.filled, plans[1], new.fields, new.filled, n_threads)
+        return SwitchCounts(*self._native.switch(*arguments))
+
+    def touch(self, tensors: TensorSet, plan: Plan, n_threads: int = 1) -> None:
+        """Read and write back one byte of each of the plan's units: what no switch can be faster than."""
+        self._native.touch(self.bind(tensors, plan), n_threads)
+
+    def bind(self, tensors: TensorSet, plan: Plan) -> _kernels.Plan:
+        """`plan` checked against `tensors`. Kept as long as the plan lives if nobody can change its arrays."""
+        known = self._plans.get(plan)
+        if known is not None and known[0] is tensors:
+            return known[1]
+        arrays = _arrays(plan)
+        bound = self._native.plan(tensors, arrays)
+        if not any(array.flags.writeable for array in arrays):
+            self._plans[plan] = tensors, bound
+        return bound
+
+    def threads_for(self, n_units: int) -> int:
+        """How many threads a switch of `n_units` takes: a thread must save more than starting it costs."""
+        return self._n_threads or max(1, min(usable_cores(), n_units // _UNITS_PER_THREAD))
 
     def _layout(self, layout: WeightLayout) -> _kernels.Layout:
         if layout.ggml_type not in self._layouts:
@@ -166,7 +194,7 @@ def layout_words(layout: WeightLayout) -> NDArray[np.int32]:
         words.append(0)
     else:
         words += [1, *_number_words(codes.numbers), codes.n_scales, codes.min_sign, codes.super_scale, codes.super_min]
-        words += [len(codes.codebook), *codes.codebook]
+        words += [codes.group_bits, len(codes.codebook), *codes.codebook]
     return np.array(words, np.int32)
 
 
@@ -179,10 +207,9 @@ def _number_words(numbers: NumberFormat) -> list[int]:
     return [int(numbers.kind), numbers.flip, numbers.zero, numbers.max]
 
 
-def _arrays(log: UndoLog) -> tuple[NDArray[Any], ...]:
-    plan = log.plan
+def _arrays(plan: Plan) -> tuple[NDArray[Any], ...]:
     where = (plan.tensors, plan.granularities, plan.starts, plan.field_starts)
-    return (*where, plan.positions, plan.mixes, plan.gates, log.fields, log.filled)
+    return (*where, plan.positions, plan.mixes, plan.gates)
 
 
 def _check_inside(units: Units) -> None:

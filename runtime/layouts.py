@@ -6,6 +6,10 @@ a weight. A `FieldMap` says where the bits of each field lie, so adding a type m
 
 Where a type has 16-wide sub-blocks a group owns two scales. In K-quants the 16-bit super-block scale belongs to eight
 groups and is never edited: a super-block whose own scale is NaN or infinite cannot be silenced group by group.
+
+Where a group has no scale that could be zero (MXFP4: a power of two; TQ2_0: none), its field holds its codes as well
+and a gate rewrites them: see group_codes.py. Types whose groups can be given neither a zero scale nor zero codes (IQ1
+to IQ3, Q1_0), or whose codes do not survive a rewriting to the byte (TQ1_0), have no layout.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from numpy.typing import NDArray
 
 from persona_edge.errors import UnsupportedModelError
 from persona_edge.masks import Granularity
-from persona_edge.runtime.number_formats import BF16, F16, F32, NumberFormat, integer
+from persona_edge.runtime.number_formats import BF16, E8M0, F16, F32, UE4M3, NumberFormat, integer
 
 __all__ = ["LAYOUTS", "CodeFormat", "FieldMap", "Units", "WeightLayout", "layout_of", "type_name"]
 
@@ -106,7 +110,8 @@ class CodeFormat:
 
     `value(code)` is `numbers`' integer, or `codebook[code]`. A group's field holds `n_scales` scales, then as many
     minima when `min_sign` is not 0. `super_scale` and `super_min` are the bytes of the block where an fp16 factor of
-    all scales and all minima lies, -1 for none.
+    all scales and all minima lies, -1 for none. Where `group_bits` is not 0, a group's 32 codes of that many bits
+    follow its scales, and its gate rewrites them; `n_scales` may then be 0.
     """
 
     numbers: NumberFormat
@@ -115,6 +120,7 @@ class CodeFormat:
     super_scale: int = -1
     super_min: int = -1
     codebook: tuple[int, ...] = ()
+    group_bits: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +145,12 @@ class WeightLayout:
 
     def allows_negative(self, granularity: Granularity) -> bool:
         """Whether a unit can take a negative gate: a single weight always, a group if its scale has a sign."""
-        return granularity == 1 or self.numbers.is_signed
+        return granularity == 1 or self.numbers.is_signed or self.has_group_codes
+
+    @property
+    def has_group_codes(self) -> bool:
+        """Whether a group's gate rewrites its codes, not its scales alone."""
+        return self.codes is not None and self.codes.group_bits > 0
 
     def n_bytes(self, n_weights: int) -> int:
         """Bytes that `n_weights` take; they must fill whole blocks."""
@@ -174,7 +185,7 @@ def layout_of(ggml_type: int) -> WeightLayout:
 
 _OTHER_TYPES = {
     9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S", 24: "I8",
-    25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4",
+    25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 41: "Q1_0", 42: "Q2_0",
 }  # fmt: skip
 
 
@@ -282,6 +293,33 @@ def _iq4_xs_layout() -> WeightLayout:
     return WeightLayout("IQ4_XS", 23, 256, 136, _map(136, group), _map(136, weight), integer(63, zero=32), codes)
 
 
+_E2M1_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # doubled, as their scales are halved
+
+
+def _mxfp4_layout() -> WeightLayout:
+    """A power of two for 32 weights, then sixteen bytes of nibbles, low ones first. A group is the whole block."""
+    weight = [[[(1 + j % 16, j // 16 * 4, 4)]] for j in range(32)]
+    codes = CodeFormat(integer(15), codebook=_E2M1_VALUES, group_bits=4)
+    return WeightLayout("MXFP4", 39, 32, 17, _map(17, [_bytes(0, 17)]), _map(17, weight), E8M0, codes)
+
+
+def _nvfp4_layout() -> WeightLayout:
+    """Four 8-bit float scales of 16 weights each, then eight bytes of nibbles for each, low ones first."""
+    weight = [[[(4 + j // 16 * 8 + j % 8, j % 16 // 8 * 4, 4)]] for j in range(64)]
+    codes = CodeFormat(integer(15), n_scales=2, codebook=_E2M1_VALUES)
+    group = _map(36, [_bytes(2 * g, 2) for g in range(2)])
+    return WeightLayout("NVFP4", 40, 64, 36, group, _map(36, weight), UE4M3, codes)
+
+
+def _tq2_0_layout() -> WeightLayout:
+    """64 bytes of crumbs that stand for -1, 0, 1, then d. A group's field is its crumbs, four to a byte."""
+    weight = [[[_crumb(0, j)]] for j in range(256)]
+    group = [[[_crumb(0, 32 * g + 4 * b + i) for i in range(4)] for b in range(8)] for g in range(8)]
+    ternary = integer(2, zero=1)
+    codes = CodeFormat(ternary, n_scales=0, super_scale=64, group_bits=2)
+    return WeightLayout("TQ2_0", 35, 256, 66, _map(66, group), _map(66, weight), ternary, codes)
+
+
 LAYOUTS: dict[int, WeightLayout] = {
     layout.ggml_type: layout
     for layout in (
@@ -300,6 +338,9 @@ LAYOUTS: dict[int, WeightLayout] = {
         _q4_k_layout("Q5_K", 13, 5),
         _q6_k_layout(),
         _iq4_xs_layout(),
+        _mxfp4_layout(),
+        _nvfp4_layout(),
+        _tq2_0_layout(),
     )
 }
 """Every type whose weights can be edited, by GGML type id."""

@@ -5,7 +5,10 @@ A number is handled as its raw little-endian bytes, whatever the machine's byte 
 - gate 1 leaves every bit alone, gate 0 gives +0, also where the number is NaN or infinite;
 - floats (F16, BF16, F32): the product is exact, then rounded once, to nearest, ties to even; a finite number that would
   overflow becomes the largest finite one; NaN stays as it is and an infinity only takes the gate's sign;
-- integers: rounded to nearest, ties to even, and saturated at the ends of the format's range.
+- integers: rounded to nearest, ties to even, and saturated at the ends of the format's range;
+- UE4M3, the unsigned 8-bit floats of NVFP4: as integers, between 0 and 448; what they hold instead of NaN counts as 0.
+
+E8M0, the powers of two of MXFP4, are read here and never scaled alone: zero is not among them (see group_codes.py).
 
 So a soft gate on a 6-bit scale of 5 can only land on a multiple of a fifth: gate 0.5 gives 2 (2.5 rounds to even).
 """
@@ -18,7 +21,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["BF16", "F16", "F32", "NumberFormat", "NumberKind", "integer"]
+__all__ = ["BF16", "E8M0", "F16", "F32", "UE4M3", "NumberFormat", "NumberKind", "integer"]
 
 
 class NumberKind(IntEnum):
@@ -28,6 +31,24 @@ class NumberKind(IntEnum):
     F16 = 1
     BF16 = 2
     F32 = 3
+    UE4M3 = 4
+    E8M0 = 5
+
+
+_N_BYTES = {NumberKind.F16: 2, NumberKind.BF16: 2, NumberKind.F32: 4}
+_LAST_UE4M3 = 0x7E  # 448; the code after it is no number
+
+
+def _ue4m3_values() -> NDArray[np.float32]:
+    """What each byte stands for: four bits of exponent, three of fraction, halved because E2M1 codes are doubled."""
+    byte = np.arange(256)
+    exponent, fraction = byte >> 3 & 15, byte & 7
+    values = np.where(exponent == 0, fraction * 2.0**-9, (8 + fraction) * 2.0 ** (exponent - 10.0)) / 2
+    return np.where(byte == _LAST_UE4M3 + 1, 0, values).astype(np.float32)
+
+
+_UE4M3_VALUES = _ue4m3_values()
+_E8M0_VALUES = (2.0 ** (np.arange(256) - 128.0)).astype(np.float32)  # halved likewise; 0 and 1 are denormal
 
 
 @dataclass(frozen=True)
@@ -42,16 +63,19 @@ class NumberFormat:
     @property
     def n_bytes(self) -> int:
         """Bytes that one number takes in a field."""
-        return {NumberKind.INTEGER: 1, NumberKind.F16: 2, NumberKind.BF16: 2, NumberKind.F32: 4}[self.kind]
+        return _N_BYTES.get(self.kind, 1)
 
     @property
     def is_signed(self) -> bool:
         """Whether a negative gate has a meaning."""
-        return self.kind is not NumberKind.INTEGER or self.zero > 0
+        return self.n_bytes > 1 or self.zero > 0
 
     def to_float32(self, raw: NDArray[np.uint8]) -> NDArray[np.float32]:
         """The values of raw numbers: (n, k) uint8 bytes to (n, k // n_bytes) float32, exactly."""
         raw = np.ascontiguousarray(raw)
+        if self.kind in (NumberKind.UE4M3, NumberKind.E8M0):
+            values: NDArray[np.float32] = (_UE4M3_VALUES if self.kind is NumberKind.UE4M3 else _E8M0_VALUES)[raw]
+            return values
         with np.errstate(invalid="ignore"):
             if self.kind is NumberKind.F16:
                 return raw.view("<f2").astype(np.float32)
@@ -65,6 +89,8 @@ class NumberFormat:
         """Raw numbers (n, k) uint8 times `gates` (n,) float32, finite; same shape out. Pure."""
         if self.kind is NumberKind.INTEGER:
             return self._scale_integers(raw, gates)
+        if self.kind is NumberKind.UE4M3:
+            return self._scale_ue4m3(raw, gates)
         return self._scale_floats(raw, gates)
 
     def nearest_code(self, values: NDArray[np.float64]) -> NDArray[np.uint8]:
@@ -76,6 +102,15 @@ class NumberFormat:
     def _scale_integers(self, raw: NDArray[np.uint8], gates: NDArray[np.float32]) -> NDArray[np.uint8]:
         gate = gates.astype(np.float64)[:, None]
         return np.where(gate == 1, raw, self.nearest_code(self.to_float32(raw).astype(np.float64) * gate))
+
+    def _scale_ue4m3(self, raw: NDArray[np.uint8], gates: NDArray[np.float32]) -> NDArray[np.uint8]:
+        gate = gates.astype(np.float64)[:, None]
+        values = _UE4M3_VALUES[: _LAST_UE4M3 + 1].astype(np.float64)
+        halfway = (values[1:] + values[:-1]) / 2
+        wanted = self.to_float32(raw).astype(np.float64) * gate
+        below = np.searchsorted(halfway, wanted)  # at a tie, the lower one
+        is_tie = halfway[np.minimum(below, len(halfway) - 1)] == wanted
+        return np.where(gate == 1, raw, below + (is_tie & (below % 2 == 1))).astype(np.uint8)
 
     def _scale_floats(self, raw: NDArray[np.uint8], gates: NDArray[np.float32]) -> NDArray[np.uint8]:
         unsigned = np.dtype(f"<u{self.n_bytes}")
@@ -113,3 +148,5 @@ def integer(maximum: int, *, zero: int = 0, flip: int = 0) -> NumberFormat:
 F16 = NumberFormat(NumberKind.F16)
 BF16 = NumberFormat(NumberKind.BF16)
 F32 = NumberFormat(NumberKind.F32)
+UE4M3 = NumberFormat(NumberKind.UE4M3)
+E8M0 = NumberFormat(NumberKind.E8M0)

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from persona_edge.masks import Granularity
 from persona_edge.runtime.dequantize import code_terms, code_values
+from persona_edge.runtime.group_codes import nearest_codes, scale_group_codes
 from persona_edge.runtime.layouts import Units, WeightLayout
 from persona_edge.runtime.plans import SwitchCounts, UndoLog
 
 __all__ = ["Tensor", "check_log", "gather", "scale", "scatter", "switch"]
 
 Fields = NDArray[np.uint8]
-_CODE_LIMIT = 2.0**20  # beyond any code, and small enough that a distance to a code is exact
 
 
 @dataclass(frozen=True)
@@ -48,18 +48,15 @@ def scale(units: Units, fields: Fields, gates: NDArray[np.float32]) -> Fields:
     scales, which must be those of the base model. A code whose block has a scale of 0, NaN or infinity stays as it is.
     """
     layout = units.layout
+    if units.granularity == 32 and layout.has_group_codes:
+        return scale_group_codes(layout, fields, gates)
     if units.granularity == 32 or layout.codes is None:
         return layout.numbers.scale(fields, gates)
     terms = code_terms(layout, units.data, units.positions, np.float64)
     codes = fields[:, 0]
     with np.errstate(all="ignore"):
         value = terms.scale * code_values(layout.codes, codes) + terms.minimum
-        wanted = np.clip((gates * value - terms.minimum) / terms.scale, -_CODE_LIMIT, _CODE_LIMIT)
-        if layout.codes.codebook:
-            book = np.array(layout.codes.codebook, np.float64)
-            nearest = np.abs(book - wanted[:, None]).argmin(axis=1).astype(np.uint8)
-        else:
-            nearest = layout.codes.numbers.nearest_code(wanted)
+        nearest = nearest_codes(layout.codes, (gates * value - terms.minimum) / terms.scale)
     usable = np.isfinite(terms.scale) & (terms.scale != 0) & np.isfinite(terms.minimum) & (gates != 1)
     return np.where(usable, nearest, codes)[:, None]
 

@@ -36,7 +36,10 @@ class Plan:
         """The plan of the base model: nothing gated."""
         none = np.zeros(0, np.int32)
         start = np.zeros(1, np.int64)
-        return cls(none, none, start, start, np.zeros(0, np.uint32), np.zeros(0, np.uint16), np.zeros(0, np.float32))
+        plan = cls(none, none, start, start, np.zeros(0, np.uint32), np.zeros(0, np.uint16), np.zeros(0, np.float32))
+        for array in vars(plan).values():
+            array.flags.writeable = False
+        return plan
 
     @property
     def n_segments(self) -> int:

@@ -14,14 +14,19 @@ from fractions import Fraction
 __all__ = ["BLOCK_BYTES", "BLOCK_WEIGHTS", "Block", "gate_group", "gate_weight", "pack", "unpack"]
 
 IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+BOOKS = {"IQ4_NL": IQ4, "IQ4_XS": IQ4, "MXFP4": E2M1, "NVFP4": E2M1}
 BLOCK_WEIGHTS = {"F32": 32, "F16": 32, "BF16": 32, "Q2_K": 256, "Q3_K": 256, "Q4_K": 256, "Q5_K": 256, "Q6_K": 256,
-                 "IQ4_XS": 256, "Q4_0": 32, "Q4_1": 32, "Q5_0": 32, "Q5_1": 32, "Q8_0": 32, "IQ4_NL": 32}  # fmt: skip
+                 "IQ4_XS": 256, "TQ2_0": 256, "NVFP4": 64, "MXFP4": 32,
+                 "Q4_0": 32, "Q4_1": 32, "Q5_0": 32, "Q5_1": 32, "Q8_0": 32, "IQ4_NL": 32}  # fmt: skip
 BLOCK_BYTES = {"F32": 128, "F16": 64, "BF16": 64, "Q2_K": 84, "Q3_K": 110, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210,
-               "IQ4_XS": 136, "Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34, "IQ4_NL": 18}  # fmt: skip
+               "IQ4_XS": 136, "TQ2_0": 66, "NVFP4": 36, "MXFP4": 17,
+               "Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34, "IQ4_NL": 18}  # fmt: skip
 FLOATS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
-ZERO_CODE = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 0, "Q6_K": 32, "Q3_K": 4}
+ZERO_CODE = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 0, "Q6_K": 32, "Q3_K": 4, "TQ2_0": 1}
 """The code that stands for 0, where codes are offset; 0 for the others, which have a minimum or a codebook."""
 CODE_BITS = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q2_K": 2, "Q3_K": 3, "Q4_K": 4, "Q5_K": 5, "Q6_K": 6}
+LARGEST_CODE = {name: 2**bits - 1 for name, bits in CODE_BITS.items()} | {"TQ2_0": 2}
 SCALE_RANGE = {"Q2_K": (0, 15), "Q3_K": (-32, 31), "Q4_K": (0, 63), "Q5_K": (0, 63), "Q6_K": (-128, 127),
                "IQ4_XS": (-32, 31)}  # fmt: skip
 
@@ -46,6 +51,8 @@ def gate_group(name: str, raw: bytes, group: int, gate: float) -> bytes:
     if name in FLOATS:
         block.codes = [_times_float(bits, gate, FLOATS[name]) for bits in block.codes]
         return pack(name, block)
+    if name in ("MXFP4", "TQ2_0"):
+        return pack(name, block) if gate == 1 else pack(name, _gate_codes(name, block, group, gate))
     width = len(block.codes) // len(block.scales)
     for s in range(len(block.scales)):
         if s * width // 32 != group:
@@ -54,6 +61,28 @@ def gate_group(name: str, raw: bytes, group: int, gate: float) -> bytes:
             if numbers:
                 numbers[s] = _times_scale(name, numbers[s], gate)
     return pack(name, block)
+
+
+def _gate_codes(name: str, block: Block, group: int, gate: float) -> Block:
+    """Groups without a scale to multiply; see group_codes.py for the rule."""
+    rest = Fraction(gate)
+    if name == "MXFP4" and gate != 0:
+        shift = next(k for k in range(-200, 200) if abs(rest) <= Fraction(5, 4) * Fraction(2) ** k)
+        exponent = max(0, min(254, block.scales[0] + shift))
+        rest *= Fraction(2) ** (block.scales[0] - exponent)
+        block.scales[0] = exponent
+    for j in range(32 * group, 32 * group + 32):
+        block.codes[j] = _nearest_code(name, rest * _code_value(name, block.codes[j]))
+    return block
+
+
+def _nearest_code(name: str, wanted: Fraction) -> int:
+    """The code nearest to a number in units of the scale; among equals the first of a codebook, else the even one."""
+    if name in BOOKS:
+        return min(range(16), key=lambda code: abs(BOOKS[name][code] - wanted))
+    if name == "Q8_0":
+        return max(-128, min(127, round(wanted))) & 0xFF
+    return max(0, min(LARGEST_CODE[name], round(wanted) + ZERO_CODE.get(name, 0)))
 
 
 def gate_weight(name: str, raw: bytes, weight: int, gate: float) -> bytes:
@@ -70,34 +99,41 @@ def gate_weight(name: str, raw: bytes, weight: int, gate: float) -> bytes:
     if "_K" in name:
         minimum = -minimum
     wanted = Fraction(gate) * (scale * _code_value(name, block.codes[weight]) + minimum) - minimum
-    if name.startswith("IQ4"):
-        block.codes[weight] = min(range(16), key=lambda code: abs(scale * IQ4[code] - wanted))
-    elif name == "Q8_0":
-        block.codes[weight] = max(-128, min(127, round(wanted / scale))) & 0xFF
-    else:
-        nearest = round(wanted / scale) + ZERO_CODE.get(name, 0)
-        block.codes[weight] = max(0, min(2 ** CODE_BITS[name] - 1, nearest))
+    block.codes[weight] = _nearest_code(name, wanted / scale)
     return pack(name, block)
 
 
 def _code_value(name: str, code: int) -> int:
-    if name.startswith("IQ4"):
-        return IQ4[code]
+    if name in BOOKS:
+        return BOOKS[name][code]
     return (code ^ 0x80) - 0x80 if name == "Q8_0" else code - ZERO_CODE.get(name, 0)
 
 
 def _value(name: str, number: int, factor: int | None) -> Fraction | None:
     """What a scale or minimum stands for; None when it is not finite."""
+    if name in ("MXFP4", "NVFP4"):
+        return Fraction(2) ** (number - 128) if name == "MXFP4" else _ue4m3(number)
     values = [_decode(number, "f16") if name not in SCALE_RANGE else float(number)]
     values += [] if factor is None else [_decode(factor, "f16")]
     return math.prod(map(Fraction, values), start=Fraction(1)) if all(map(math.isfinite, values)) else None
 
 
 def _times_scale(name: str, number: int, gate: float) -> int:
+    if name == "NVFP4":
+        wanted = Fraction(gate) * _ue4m3(number)
+        return number if gate == 1 else min(range(0x7F), key=lambda byte: (abs(_ue4m3(byte) - wanted), byte % 2))
     if name not in SCALE_RANGE:
         return _times_float(number, gate, "f16")
     low, high = SCALE_RANGE[name]
     return number if gate == 1 else max(low, min(high, round(Fraction(gate) * number)))
+
+
+def _ue4m3(byte: int) -> Fraction:
+    """Half of an unsigned float of four bits of exponent and three of fraction. GGML reads the one NaN as zero."""
+    exponent, fraction = byte >> 3 & 15, byte & 7
+    if byte == 0x7F:
+        return Fraction(0)
+    return Fraction(fraction, 1024) if exponent == 0 else Fraction(8 + fraction, 16) * Fraction(2) ** (exponent - 7)
 
 
 def _decode(bits: int, kind: str) -> float:
@@ -144,6 +180,8 @@ def unpack(name: str, raw: bytes) -> Block:
         return _unpack_q4_k(name, raw)
     if name == "IQ4_XS":
         return _unpack_iq4_xs(raw)
+    if name in ("MXFP4", "NVFP4", "TQ2_0"):
+        return _unpack_fp4(name, raw) if name != "TQ2_0" else Block(_crumbs(raw), [int.from_bytes(raw[64:], "little")])
     (scale,) = struct.unpack_from("<H", raw)
     minima = list(struct.unpack_from("<H", raw, 2)) if name.endswith("_1") else []
     rest = raw[4 if minima else 2 :]
@@ -167,6 +205,10 @@ def pack(name: str, block: Block) -> bytes:
         return _pack_q4_k(name, block)
     if name == "IQ4_XS":
         return _pack_iq4_xs(block)
+    if name in ("MXFP4", "NVFP4"):
+        return _pack_fp4(name, block)
+    if name == "TQ2_0":
+        return _pack_crumbs(block.codes) + struct.pack("<H", block.scales[0])
     head = struct.pack(f"<{1 + len(block.minima)}H", *block.scales, *block.minima)
     if name == "Q8_0":
         return head + bytes(block.codes)
@@ -280,3 +322,17 @@ def _pack_iq4_xs(block: Block) -> bytes:
     head = struct.pack("<2H", block.super_scale, high) + bytes(low[g] | low[g + 1] << 4 for g in range(0, 8, 2))
     groups = [block.codes[g * 32 : g * 32 + 32] for g in range(8)]
     return head + bytes(codes[j] | codes[j + 16] << 4 for codes in groups for j in range(16))
+
+
+def _unpack_fp4(name: str, raw: bytes) -> Block:
+    n_scales, half = (1, 16) if name == "MXFP4" else (4, 8)
+    codes = []
+    for start in range(n_scales, len(raw), half):
+        codes += [b & 15 for b in raw[start : start + half]] + [b >> 4 for b in raw[start : start + half]]
+    return Block(codes, list(raw[:n_scales]))
+
+
+def _pack_fp4(name: str, block: Block) -> bytes:
+    half = 16 if name == "MXFP4" else 8
+    parts = [block.codes[start : start + 2 * half] for start in range(0, len(block.codes), 2 * half)]
+    return bytes(block.scales) + bytes(part[j] | part[j + half] << 4 for part in parts for j in range(half))

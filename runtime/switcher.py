@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -25,6 +26,9 @@ from persona_edge.runtime.plans import Plan, SwitchCounts, UndoLog
 from persona_edge.runtime.programs import Composition, PersonaProgram, compile_program, compose
 
 __all__ = ["Composition", "PersonaProgram", "SwitchStats", "Switcher", "WeightTensor", "compile_program", "compose"]
+
+
+_Item = TypeVar("_Item", bound=np.generic)
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,10 +162,10 @@ class Switcher:
             widths.append(layouts[t].fields(granularity).n_field_bytes)
         sizes = np.diff(program.starts) * np.array(widths, np.int64)
         return Plan(
-            np.array([self._number[name] for name in program.names], np.int32),
+            _frozen(np.array([self._number[name] for name in program.names], np.int32)),
             program.granularities,
             program.starts,
-            np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
+            _frozen(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)),
             program.positions,
             program.mixes,
             program.gates,
@@ -176,6 +180,12 @@ class Switcher:
             return layout_of(self._tensors[name].ggml_type)
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{name}: {error}") from None
+
+
+def _frozen(array: NDArray[_Item]) -> NDArray[_Item]:
+    """What is frozen, the kernels check once and not at every switch."""
+    array.flags.writeable = False
+    return array
 
 
 def _check_memory(name: str, tensor: WeightTensor) -> None:

@@ -15,7 +15,7 @@ from persona_edge.runtime.kernels import layout_words
 from persona_edge.runtime.layouts import LAYOUTS
 
 ROOT = Path(__file__).parent.parent
-CORE = [ROOT / "runtime" / "csrc" / name for name in ("layout.c", "fields.c", "switch.c")]
+CORE = [ROOT / "runtime" / "csrc" / name for name in ("layout.c", "fields.c", "group_codes.c", "switch.c")]
 HARNESS = ROOT / "tests" / "csrc" / "exercise_kernels.c"
 WARNINGS = ["-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Wconversion", "-Wno-sign-conversion", "-Werror"]
 SANITIZERS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]

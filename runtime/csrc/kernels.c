@@ -5,9 +5,11 @@
 #include <stdlib.h>
 
 #include "kernels.h"
+#include "parallel.h"
 
 #define LAYOUT_NAME "persona_edge.layout"
 #define TENSORS_NAME "persona_edge.tensors"
+#define PLAN_NAME "persona_edge.plan"
 
 /* Borrow `object`'s contiguous memory as items of `itemsize`; 0, or -1 with an exception set. */
 static int borrow(PyObject *object, Py_buffer *view, int writable, Py_ssize_t itemsize, const char *what) {
@@ -104,7 +106,7 @@ static PyObject *gather(PyObject *module, PyObject *args) {
     (void)module;
     if (open_units(&call, args, GATES, 1u << FIELDS) < 0) return NULL;
     Py_BEGIN_ALLOW_THREADS
-    pe_gather(call.map, call.views[DATA].buf, call.views[POSITIONS].buf, call.n, call.views[FIELDS].buf);
+    pe_gather(call.map, call.views[DATA].buf, call.views[POSITIONS].buf, call.n, call.n, call.views[FIELDS].buf);
     Py_END_ALLOW_THREADS
     release(call.views, call.n_views);
     Py_RETURN_NONE;
@@ -115,7 +117,7 @@ static PyObject *scatter(PyObject *module, PyObject *args) {
     (void)module;
     if (open_units(&call, args, GATES, 1u << DATA) < 0) return NULL;
     Py_BEGIN_ALLOW_THREADS
-    pe_scatter(call.map, call.views[DATA].buf, call.views[POSITIONS].buf, call.n, call.views[FIELDS].buf);
+    pe_scatter(call.map, call.views[DATA].buf, call.views[POSITIONS].buf, call.n, call.n, call.views[FIELDS].buf);
     Py_END_ALLOW_THREADS
     release(call.views, call.n_views);
     Py_RETURN_NONE;
@@ -187,52 +189,130 @@ static PyObject *tensors(PyObject *module, PyObject *args) {
     return capsule;
 }
 
-/* ---- switch ---- */
+/* ---- plans ---- */
 
-enum { TENSORS, GRANULARITIES, STARTS, FIELD_STARTS, UNIT_POSITIONS, MIXES, UNIT_GATES, LOG_FIELDS, FILLED, N_ARRAYS };
+enum { TENSORS, GRANULARITIES, STARTS, FIELD_STARTS, UNIT_POSITIONS, MIXES, UNIT_GATES, N_ARRAYS };
 
-static int open_log(pe_log *log, Py_buffer *views, PyObject *arrays) {
-    static const Py_ssize_t sizes[N_ARRAYS] = {4, 4, 8, 8, 4, 2, 4, 1, 8};
-    size_t n;
-    if (!PyTuple_Check(arrays) || PyTuple_Size(arrays) != N_ARRAYS)
-        return PyErr_Format(PyExc_TypeError, "a log is a tuple of %d arrays", (int)N_ARRAYS), -1;
-    for (n = 0; n < N_ARRAYS; n++)
-        if (borrow(PyTuple_GetItem(arrays, (Py_ssize_t)n), &views[n], n >= LOG_FIELDS, sizes[n], "log") < 0) break;
-    if (n < N_ARRAYS) return release(views, n), -1;
-    *log = (pe_log){n_items(&views[TENSORS]), n_items(&views[UNIT_POSITIONS]), n_items(&views[UNIT_GATES]),
-                    n_items(&views[LOG_FIELDS]), views[TENSORS].buf, views[GRANULARITIES].buf, views[STARTS].buf,
-                    views[FIELD_STARTS].buf, views[UNIT_POSITIONS].buf, views[MIXES].buf, views[UNIT_GATES].buf,
-                    views[LOG_FIELDS].buf, views[FILLED].buf};
-    if (n_items(&views[GRANULARITIES]) == log->n_segments && n_items(&views[STARTS]) == log->n_segments + 1 &&
-        n_items(&views[FIELD_STARTS]) == log->n_segments + 1 && n_items(&views[FILLED]) == log->n_segments &&
-        n_items(&views[MIXES]) == log->n_units)
-        return 0;
-    release(views, N_ARRAYS);
-    return PyErr_SetString(PyExc_ValueError, "a log's arrays differ in length"), -1;
+/* A plan that fits its tensors. Holds on to both; the arrays must not change any more. */
+typedef struct {
+    PyObject *tensors; /* the capsule */
+    const tensor_set *set;
+    Py_buffer views[N_ARRAYS];
+    pe_log log; /* without fields and filled, but with n_field_bytes as many as a log needs */
+} bound_plan;
+
+static void free_plan(PyObject *capsule) {
+    bound_plan *plan = PyCapsule_GetPointer(capsule, PLAN_NAME);
+    release(plan->views, N_ARRAYS);
+    Py_DecRef(plan->tensors);
+    free(plan);
 }
 
-/* switch(tensors, old, new) -> (n_tensors, n_units, n_bytes) */
-static PyObject *switch_(PyObject *module, PyObject *args) {
-    PyObject *capsule, *old_arrays, *new_arrays;
-    Py_buffer old_views[N_ARRAYS], new_views[N_ARRAYS];
-    const tensor_set *set;
+static int borrow_plan(bound_plan *plan, PyObject *arrays) {
+    static const Py_ssize_t sizes[N_ARRAYS] = {4, 4, 8, 8, 4, 2, 4};
+    Py_buffer *views = plan->views;
+    size_t n;
+    if (!PyTuple_Check(arrays) || PyTuple_Size(arrays) != N_ARRAYS)
+        return PyErr_Format(PyExc_TypeError, "a plan is a tuple of %d arrays", (int)N_ARRAYS), -1;
+    for (n = 0; n < N_ARRAYS; n++)
+        if (borrow(PyTuple_GetItem(arrays, (Py_ssize_t)n), &views[n], 0, sizes[n], "plan") < 0) break;
+    if (n < N_ARRAYS) return release(views, n), -1;
+    plan->log = (pe_log){n_items(&views[TENSORS]), n_items(&views[UNIT_POSITIONS]), n_items(&views[UNIT_GATES]), 0,
+                         views[TENSORS].buf, views[GRANULARITIES].buf, views[STARTS].buf, views[FIELD_STARTS].buf,
+                         views[UNIT_POSITIONS].buf, views[MIXES].buf, views[UNIT_GATES].buf, NULL, NULL};
+    if (n_items(&views[GRANULARITIES]) == plan->log.n_segments && n_items(&views[MIXES]) == plan->log.n_units &&
+        n_items(&views[STARTS]) == plan->log.n_segments + 1 && n_items(&views[FIELD_STARTS]) == plan->log.n_segments + 1) {
+        const int64_t n_field_bytes = plan->log.field_starts[plan->log.n_segments];
+        plan->log.n_field_bytes = n_field_bytes < 0 ? 0 : (size_t)n_field_bytes;
+        return 0;
+    }
+    release(views, N_ARRAYS);
+    return PyErr_SetString(PyExc_ValueError, "a plan's arrays differ in length"), -1;
+}
+
+/* plan(tensors, arrays: tuple) -> capsule */
+static PyObject *plan(PyObject *module, PyObject *args) {
+    PyObject *tensors_capsule, *arrays, *capsule;
     const char *error;
-    pe_counts counts = {0, 0, 0};
+    bound_plan *bound;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "OO", &tensors_capsule, &arrays)) return NULL;
+    bound = calloc(1, sizeof *bound);
+    if (bound == NULL) return PyErr_NoMemory();
+    bound->set = PyCapsule_GetPointer(tensors_capsule, TENSORS_NAME);
+    if (bound->set == NULL || borrow_plan(bound, arrays) < 0) return free(bound), NULL;
+    Py_BEGIN_ALLOW_THREADS
+    error = pe_plan_error(bound->set->tensors, bound->set->n, &bound->log);
+    Py_END_ALLOW_THREADS
+    capsule = error == NULL ? PyCapsule_New(bound, PLAN_NAME, free_plan) : NULL;
+    if (capsule == NULL) {
+        if (error != NULL) PyErr_SetString(PyExc_ValueError, error);
+        release(bound->views, N_ARRAYS);
+        return free(bound), NULL;
+    }
+    Py_IncRef(tensors_capsule);
+    bound->tensors = tensors_capsule;
+    return capsule;
+}
+
+/* ---- switch ---- */
+
+enum { FIELDS_OF_LOG, FILLED_OF_LOG, N_LOG_VIEWS };
+
+/* A plan with its log's buffers. On success the views are to be released. */
+static int open_log(pe_log *log, Py_buffer *views, const bound_plan *bound, PyObject *fields, PyObject *filled) {
+    if (borrow(fields, &views[FIELDS_OF_LOG], 1, 1, "fields") < 0) return -1;
+    if (borrow(filled, &views[FILLED_OF_LOG], 1, 8, "filled") < 0) return release(views, 1), -1;
+    *log = bound->log;
+    log->fields = views[FIELDS_OF_LOG].buf;
+    log->filled = views[FILLED_OF_LOG].buf;
+    if (n_items(&views[FIELDS_OF_LOG]) < log->n_field_bytes || n_items(&views[FILLED_OF_LOG]) != log->n_segments)
+        PyErr_SetString(PyExc_ValueError, "a log does not fit its plan");
+    else if (pe_filled_error(log) != NULL) PyErr_SetString(PyExc_ValueError, pe_filled_error(log));
+    else return 0;
+    release(views, N_LOG_VIEWS);
+    return -1;
+}
+
+/* switch(old plan, its fields, its filled, new plan, its fields, its filled, threads) -> (n_tensors, n_units, n_bytes) */
+static PyObject *switch_(PyObject *module, PyObject *args) {
+    PyObject *old_capsule, *old_fields, *old_filled, *new_capsule, *new_fields, *new_filled;
+    Py_buffer old_views[N_LOG_VIEWS], new_views[N_LOG_VIEWS];
+    const bound_plan *old_plan, *new_plan;
+    int n_threads;
+    pe_counts counts;
     pe_log old, next;
     (void)module;
-    if (!PyArg_ParseTuple(args, "OOO", &capsule, &old_arrays, &new_arrays)) return NULL;
-    set = PyCapsule_GetPointer(capsule, TENSORS_NAME);
-    if (set == NULL || open_log(&old, old_views, old_arrays) < 0) return NULL;
-    if (open_log(&next, new_views, new_arrays) < 0) return release(old_views, N_ARRAYS), NULL;
+    if (!PyArg_ParseTuple(args, "OOOOOOi", &old_capsule, &old_fields, &old_filled, &new_capsule, &new_fields, &new_filled,
+                          &n_threads))
+        return NULL;
+    old_plan = PyCapsule_GetPointer(old_capsule, PLAN_NAME);
+    new_plan = old_plan == NULL ? NULL : PyCapsule_GetPointer(new_capsule, PLAN_NAME);
+    if (new_plan == NULL) return NULL;
+    if (old_plan->set != new_plan->set) return PyErr_SetString(PyExc_ValueError, "plans of different tensors"), NULL;
+    if (open_log(&old, old_views, old_plan, old_fields, old_filled) < 0) return NULL;
+    if (open_log(&next, new_views, new_plan, new_fields, new_filled) < 0) return release(old_views, N_LOG_VIEWS), NULL;
     Py_BEGIN_ALLOW_THREADS
-    error = pe_log_error(set->tensors, set->n, &old);
-    if (error == NULL) error = pe_log_error(set->tensors, set->n, &next);
-    if (error == NULL) counts = pe_switch(set->tensors, &old, &next);
+    counts = pe_run(new_plan->set->tensors, (int32_t)new_plan->set->n, &old, &next, n_threads);
     Py_END_ALLOW_THREADS
-    release(old_views, N_ARRAYS);
-    release(new_views, N_ARRAYS);
-    if (error != NULL) return PyErr_SetString(PyExc_ValueError, error), NULL;
+    release(old_views, N_LOG_VIEWS);
+    release(new_views, N_LOG_VIEWS);
     return Py_BuildValue("(LLL)", (long long)counts.n_tensors, (long long)counts.n_units, (long long)counts.n_bytes);
+}
+
+/* touch(plan, threads) */
+static PyObject *touch(PyObject *module, PyObject *args) {
+    PyObject *capsule;
+    const bound_plan *bound;
+    int n_threads;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "Oi", &capsule, &n_threads)) return NULL;
+    bound = PyCapsule_GetPointer(capsule, PLAN_NAME);
+    if (bound == NULL) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    pe_run(bound->set->tensors, (int32_t)bound->set->n, NULL, &bound->log, n_threads);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
 }
 
 static PyMethodDef METHODS[] = {
@@ -241,7 +321,10 @@ static PyMethodDef METHODS[] = {
     {"gather", gather, METH_VARARGS, "gather(layout, granularity, data, positions, fields)"},
     {"scatter", scatter, METH_VARARGS, "scatter(layout, granularity, data, positions, fields)"},
     {"scale", scale, METH_VARARGS, "scale(layout, granularity, data, positions, fields, gates, out)"},
-    {"switch", switch_, METH_VARARGS, "switch(tensors, old, new) -> (n_tensors, n_units, n_bytes)"},
+    {"plan", plan, METH_VARARGS, "plan(tensors, arrays) -> capsule"},
+    {"switch", switch_, METH_VARARGS,
+     "switch(old plan, fields, filled, new plan, fields, filled, threads) -> (n_tensors, n_units, n_bytes)"},
+    {"touch", touch, METH_VARARGS, "touch(plan, threads)"},
     {NULL, NULL, 0, NULL},
 };
 

@@ -32,7 +32,10 @@ enum {
 #define PE_PREFETCH(address) ((void)(address))
 #endif
 
-typedef enum { PE_INTEGER = 0, PE_F16 = 1, PE_BF16 = 2, PE_F32 = 3 } pe_kind;
+typedef enum { PE_INTEGER = 0, PE_F16 = 1, PE_BF16 = 2, PE_F32 = 3, PE_UE4M3 = 4, PE_E8M0 = 5 } pe_kind;
+
+/* Bytes of one number of that kind. */
+static inline uint32_t pe_size_of(pe_kind kind) { return kind == PE_F32 ? 4 : kind == PE_F16 || kind == PE_BF16 ? 2 : 1; }
 
 /* `n_bits` bits of byte `byte` of a block, from bit `shift` up. */
 typedef struct {
@@ -48,7 +51,7 @@ typedef struct {
     uint32_t block_bytes;
     uint32_t n_field_bytes;
     uint32_t n_pieces;
-    int is_contiguous;
+    int is_contiguous; /* fields lie in memory as in canonical form */
     pe_piece pieces[PE_MAX_PIECES];
 } pe_map;
 
@@ -66,10 +69,11 @@ typedef struct {
     pe_numbers numbers; /* of a group's field */
     int has_codes;      /* 0: weights are floats themselves, and the rest is unused */
     pe_numbers codes;
-    uint32_t n_scales;   /* per group */
+    uint32_t n_scales;   /* per group; 0 where `super_scale` alone scales */
     int32_t min_sign;    /* 0: no minimum */
     int32_t super_scale; /* byte of the block, -1 for none */
     int32_t super_min;
+    uint32_t group_bits; /* not 0: a group's field ends with its 32 codes of so many bits, and its gate rewrites them */
     uint32_t n_codebook; /* 0: codes are linear */
     int32_t codebook[PE_MAX_CODES];
 } pe_layout;
@@ -120,20 +124,38 @@ static inline size_t pe_field_start(const pe_map *map, uint32_t position) {
     return pe_block_start(map, position) + map->pieces[unit * map->n_field_bytes * map->n_pieces].byte;
 }
 
-/* fields[i] = field of the unit at positions[i] < pe_n_units; any order. */
-void pe_gather(const pe_map *map, const uint8_t *data, const uint32_t *positions, size_t n, uint8_t *fields);
+/* fields[i] = field of the unit at positions[i] < pe_n_units, i < n; any order. `n_known` of the positions are known, and
+ * units a little ahead are prefetched, those after the n-th for a later call; 0 says that all are in the cache. */
+void pe_gather(const pe_map *map, const uint8_t *data, const uint32_t *positions, size_t n, size_t n_known, uint8_t *fields);
 
-/* Write fields[i] to the unit at positions[i]; positions all different, any order. */
-void pe_scatter(const pe_map *map, uint8_t *data, const uint32_t *positions, size_t n, const uint8_t *fields);
+/* Write fields[i] to the unit at positions[i]; positions all different, any order. `n_known` as above. */
+void pe_scatter(const pe_map *map, uint8_t *data, const uint32_t *positions, size_t n, size_t n_known,
+                const uint8_t *fields);
 
 /* out[i] = fields[i] times gates[i], all finite; `data` must hold the base scales. `out` may be `fields`. */
 void pe_scale(const pe_layout *layout, int32_t granularity, const uint8_t *data, const uint32_t *positions,
               const uint8_t *fields, const float *gates, size_t n, uint8_t *out);
 
-/* NULL when `log` fits the tensors in every index, position and length; otherwise what is wrong with it. */
-const char *pe_log_error(const pe_tensor *tensors, size_t n_tensors, const pe_log *log);
+/* The code of `layout` whose value is nearest to `value`, which is not NaN. */
+uint8_t pe_nearest_code(const pe_layout *layout, double value);
 
-/* From the state that `old` undoes to base plus the gates of `next`, whose log is filled. Both logs without error. */
-pe_counts pe_switch(const pe_tensor *tensors, const pe_log *old, const pe_log *next);
+/* What a linear code or a codebook's entry stands for. */
+double pe_code_value(const pe_layout *layout, uint8_t code);
+
+/* pe_scale for groups of a layout with group_bits; see group_codes.py. */
+void pe_scale_group_codes(const pe_layout *layout, const uint8_t *fields, const float *gates, size_t n, uint8_t *out);
+
+/* NULL when the plan of `log` fits the tensors in every index, position and length; otherwise what is wrong with it. */
+const char *pe_plan_error(const pe_tensor *tensors, size_t n_tensors, const pe_log *log);
+
+/* NULL when no more units are filled than there are; `log`'s plan is without error. */
+const char *pe_filled_error(const pe_log *log);
+
+/* From the state that `old` undoes to base plus the gates of `next`, whose log is filled; both without error. Only tensors
+ * from `first` to before `end` are touched: calls for others may run at the same time. */
+pe_counts pe_switch(const pe_tensor *tensors, const pe_log *old, const pe_log *next, int32_t first, int32_t end);
+
+/* Read and write back one byte per unit of `plan`, in its order: what a switch cannot be faster than. For measurements. */
+void pe_touch(const pe_tensor *tensors, const pe_log *plan, int32_t first, int32_t end);
 
 #endif

@@ -33,7 +33,7 @@ static void parse_map(pe_map *map, reader *words) {
     map->units_per_block = 1u << map->unit_shift;
     map->block_bytes = (uint32_t)take(words, 1, 4096);
     map->n_field_bytes = (uint32_t)take(words, 1, PE_MAX_FIELD_BYTES);
-    map->n_pieces = (uint32_t)take(words, 1, 2);
+    map->n_pieces = (uint32_t)take(words, 1, 4);
     n = (size_t)map->units_per_block * map->n_field_bytes * map->n_pieces;
     if (n > PE_MAX_PIECES) words->failed = 1;
     for (size_t i = 0; i < n && !words->failed; i++) {
@@ -45,7 +45,7 @@ static void parse_map(pe_map *map, reader *words) {
 }
 
 static void parse_numbers(pe_numbers *numbers, reader *words) {
-    numbers->kind = (pe_kind)take(words, PE_INTEGER, PE_F32);
+    numbers->kind = (pe_kind)take(words, PE_INTEGER, PE_E8M0);
     numbers->flip = (uint8_t)take(words, 0, 255);
     numbers->zero = take(words, 0, 255);
     numbers->max = take(words, 0, 255);
@@ -54,26 +54,36 @@ static void parse_numbers(pe_numbers *numbers, reader *words) {
 static void parse_codes(pe_layout *layout, reader *words) {
     const int32_t last = (int32_t)layout->group.block_bytes - 2;
     parse_numbers(&layout->codes, words);
-    layout->n_scales = (uint32_t)take(words, 1, 2);
+    layout->n_scales = (uint32_t)take(words, 0, 2);
     layout->min_sign = take(words, -1, 1);
     layout->super_scale = take(words, -1, last);
     layout->super_min = take(words, -1, last);
+    layout->group_bits = (uint32_t)take(words, 0, 4);
     layout->n_codebook = (uint32_t)take(words, 0, PE_MAX_CODES);
     for (uint32_t code = 0; code < layout->n_codebook && !words->failed; code++)
         layout->codebook[code] = take(words, -128, 127);
 }
 
+/* Groups whose codes are rewritten: a power of two before them, or no scale; nothing else has no scale. */
+static int codes_are_consistent(const pe_layout *layout) {
+    const uint32_t bits = layout->group_bits;
+    const int has_exponent = layout->numbers.kind == PE_E8M0;
+    if (bits == 0) return layout->n_scales > 0 && !has_exponent;
+    if ((bits != 2 && bits != 4) || layout->min_sign != 0) return 0;
+    return layout->n_scales == (uint32_t)has_exponent && (has_exponent || layout->super_scale >= 0);
+}
+
 /* What the kernels rely on beyond each word's own range. */
 static int is_consistent(const pe_layout *layout) {
-    static const uint32_t sizes[] = {1, 2, 2, 4};
-    const uint32_t size = sizes[layout->numbers.kind];
+    const uint32_t size = pe_size_of(layout->numbers.kind);
     const pe_map *group = &layout->group, *weight = &layout->weight;
-    if (group->n_field_bytes % size != 0) return 0;
-    if (!layout->has_codes) return weight->n_field_bytes == size && layout->numbers.kind != PE_INTEGER;
+    if (!layout->has_codes)
+        return group->n_field_bytes % size == 0 && weight->n_field_bytes == size && layout->numbers.kind != PE_INTEGER &&
+               layout->numbers.kind != PE_E8M0;
     return weight->block_bytes == group->block_bytes && weight->units_per_block == 32 * group->units_per_block &&
-           weight->n_field_bytes == 1 && layout->codes.kind == PE_INTEGER &&
+           weight->n_field_bytes == 1 && layout->codes.kind == PE_INTEGER && codes_are_consistent(layout) &&
            (layout->n_codebook == 0 || layout->n_codebook == PE_MAX_CODES) &&
-           group->n_field_bytes == layout->n_scales * (layout->min_sign ? 2 : 1) * size;
+           group->n_field_bytes == layout->n_scales * (layout->min_sign ? 2 : 1) * size + 4 * layout->group_bits;
 }
 
 int pe_layout_parse(pe_layout *layout, const int32_t *words, size_t n_words) {

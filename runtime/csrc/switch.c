@@ -1,12 +1,12 @@
 /* The switch: merge the units of the old and the new plan, tensor by tensor, and write only where they differ.
  *
- * Units are collected into batches so that the loops over memory are tight: their loads do not depend on one another and
- * overlap, which is what a switch's time is made of. */
+ * A switch is made of cache and TLB misses. Units are handled in batches, in ascending order of address, in loops so tight
+ * that the misses of many units overlap. */
 #include "kernels.h"
 
 #include <string.h>
 
-enum { BATCH = 128 };
+enum { BATCH = 128, AHEAD = 64 };
 
 typedef struct {
     int32_t granularity;
@@ -44,7 +44,7 @@ static void copy_field(uint8_t *to, const uint8_t *from, size_t k) {
 static void change(job *work, batch *units, int32_t granularity) {
     pe_scale(work->tensor->layout, granularity, work->tensor->data, units->positions, units->fields, units->gates,
              units->n, units->fields);
-    pe_scatter(work->map, work->tensor->data, units->positions, units->n, units->fields);
+    pe_scatter(work->map, work->tensor->data, units->positions, units->n, 0, units->fields);
     work->n_units += (int64_t)units->n;
     units->n = 0;
 }
@@ -52,16 +52,43 @@ static void change(job *work, batch *units, int32_t granularity) {
 static void flush_fresh(job *work, const segment *next) {
     const size_t k = work->map->n_field_bytes;
     batch *units = &work->fresh;
-    pe_gather(work->map, work->tensor->data, units->positions, units->n, units->fields);
+    pe_gather(work->map, work->tensor->data, units->positions, units->n, 0, units->fields);
     for (size_t i = 0; i < units->n; i++) copy_field(next->fields + units->index[i] * k, units->fields + i * k, k);
     change(work, units, next->granularity);
 }
 
 static void flush_undone(job *work) {
     batch *units = &work->undone;
-    pe_scatter(work->map, work->tensor->data, units->positions, units->n, units->fields);
+    pe_scatter(work->map, work->tensor->data, units->positions, units->n, 0, units->fields);
     work->n_units += (int64_t)units->n;
     units->n = 0;
+}
+
+/* Nothing to undo: the log is filled in place, without a merge. */
+static void change_all(job *work, const segment *next) {
+    const size_t k = work->map->n_field_bytes;
+    const pe_tensor *tensor = work->tensor;
+    batch *units = &work->fresh;
+    for (size_t start = 0; start < next->n; start += BATCH) {
+        const size_t n = next->n - start < BATCH ? next->n - start : BATCH;
+        const uint32_t *positions = next->positions + start;
+        uint8_t *base = next->fields + start * k;
+        for (size_t i = 0; i < n; i++) units->gates[i] = next->gates[next->mixes[start + i]];
+        pe_gather(work->map, tensor->data, positions, n, next->n - start, base);
+        pe_scale(tensor->layout, next->granularity, tensor->data, positions, base, units->gates, n, units->fields);
+        pe_scatter(work->map, tensor->data, positions, n, 0, units->fields);
+    }
+    work->n_units += (int64_t)next->n;
+}
+
+/* Nothing to apply. */
+static void undo_all(job *work, const segment *old) {
+    for (size_t start = 0; start < old->n; start += BATCH) {
+        const size_t n = old->n - start < BATCH ? old->n - start : BATCH;
+        pe_scatter(work->map, work->tensor->data, old->positions + start, n, old->n - start,
+                   old->fields + start * work->map->n_field_bytes);
+    }
+    work->n_units += (int64_t)old->n;
 }
 
 static void add_fresh(job *work, const segment *next, size_t j) {
@@ -102,6 +129,8 @@ static int64_t merge(job *work, const pe_tensor *tensor, const segment *old, con
     work->map = pe_map_of(tensor->layout, next->n ? next->granularity : old->granularity);
     work->n_units = 0;
     work->fresh.n = work->changed.n = work->undone.n = 0;
+    if (old->n == 0) return change_all(work, next), work->n_units;
+    if (next->n == 0) return undo_all(work, old), work->n_units;
     while (i < old->n || j < next->n) {
         if (j == next->n || (i < old->n && old->positions[i] < next->positions[j])) add_undone(work, old, i++);
         else if (i == old->n || next->positions[j] < old->positions[i]) add_fresh(work, next, j++);
@@ -142,26 +171,44 @@ static void switch_tensor(job *work, const pe_tensor *tensor, const segment *old
     counts->n_bytes += n_bytes;
 }
 
-pe_counts pe_switch(const pe_tensor *tensors, const pe_log *old, const pe_log *next) {
+pe_counts pe_switch(const pe_tensor *tensors, const pe_log *old, const pe_log *next, int32_t first, int32_t end) {
     pe_counts counts = {0, 0, 0};
     job work;
     size_t a = 0, b = 0;
-    while (a < old->n_segments || b < next->n_segments) {
+    while (a < old->n_segments && old->tensors[a] < first) a++;
+    while (b < next->n_segments && next->tensors[b] < first) b++;
+    for (;;) {
         const int32_t in_old = a < old->n_segments ? old->tensors[a] : INT32_MAX;
         const int32_t in_next = b < next->n_segments ? next->tensors[b] : INT32_MAX;
+        const int32_t tensor = in_old < in_next ? in_old : in_next;
         segment before = NOTHING, after = NOTHING;
-        if (in_old <= in_next) {
+        if (tensor >= end) return counts;
+        if (in_old == tensor) {
             before = segment_of(old, a, (size_t)old->filled[a]);
             a++;
         }
-        if (in_next <= in_old) after = segment_of(next, b, (size_t)(next->starts[b + 1] - next->starts[b]));
-        switch_tensor(&work, tensors + (in_old < in_next ? in_old : in_next), &before, &after, &counts);
-        if (in_next <= in_old) {
+        if (in_next == tensor) after = segment_of(next, b, (size_t)(next->starts[b + 1] - next->starts[b]));
+        switch_tensor(&work, tensors + tensor, &before, &after, &counts);
+        if (in_next == tensor) {
             next->filled[b] = (int64_t)after.n;
             b++;
         }
     }
-    return counts;
+}
+
+void pe_touch(const pe_tensor *tensors, const pe_log *plan, int32_t first, int32_t end) {
+    for (size_t s = 0; s < plan->n_segments; s++) {
+        const pe_tensor *tensor = tensors + plan->tensors[s];
+        const pe_map *map = pe_map_of(tensor->layout, plan->granularities[s]);
+        const size_t n = (size_t)(plan->starts[s + 1] - plan->starts[s]);
+        const uint32_t *positions = plan->positions + plan->starts[s];
+        if (plan->tensors[s] < first || plan->tensors[s] >= end) continue;
+        for (size_t i = 0; i < n; i++) {
+            volatile uint8_t *byte = tensor->data + pe_field_start(map, positions[i]);
+            if (i + AHEAD < n) PE_PREFETCH(tensor->data + pe_field_start(map, positions[i + AHEAD]));
+            *byte = *byte;
+        }
+    }
 }
 
 /* ---- checks ---- */
@@ -181,13 +228,12 @@ static const char *segment_error(const pe_tensor *tensor, const pe_log *log, siz
     if (field_start < 0 || field_end < field_start || (uint64_t)field_end > log->n_field_bytes)
         return "segments do not fit the fields";
     if ((field_end - field_start) != (end - start) * (int64_t)map->n_field_bytes) return "fields have the wrong size";
-    if (log->filled[s] < 0 || log->filled[s] > end - start) return "more units filled than there are";
     if (!ascends_below(log->positions + start, (size_t)(end - start), pe_n_units(map, tensor->n_bytes)))
         return "positions are not ascending or exceed the tensor";
     return NULL;
 }
 
-const char *pe_log_error(const pe_tensor *tensors, size_t n_tensors, const pe_log *log) {
+const char *pe_plan_error(const pe_tensor *tensors, size_t n_tensors, const pe_log *log) {
     uint32_t wrong = 0;
     for (size_t s = 0; s < log->n_segments; s++) {
         const char *error;
@@ -199,4 +245,11 @@ const char *pe_log_error(const pe_tensor *tensors, size_t n_tensors, const pe_lo
     for (size_t i = 0; i < log->n_units; i++) wrong |= log->mixes[i] >= log->n_gates;
     for (size_t i = 0; i < log->n_gates; i++) wrong |= !pe_is_finite(log->gates[i]);
     return wrong ? "a unit has no gate, or a gate is not finite" : NULL;
+}
+
+const char *pe_filled_error(const pe_log *log) {
+    for (size_t s = 0; s < log->n_segments; s++)
+        if (log->filled[s] < 0 || log->filled[s] > log->starts[s + 1] - log->starts[s])
+            return "more units filled than there are";
+    return NULL;
 }

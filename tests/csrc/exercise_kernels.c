@@ -89,9 +89,15 @@ static void free_log(owned_log *plan) {
     free(plan);
 }
 
+static const char *log_error(const pe_tensor *tensor, const pe_log *log) {
+    const char *error = pe_plan_error(tensor, 1, log);
+    return error == NULL ? pe_filled_error(log) : error;
+}
+
 static void checked_switch(const pe_tensor *tensor, const pe_log *old, const pe_log *next) {
-    if (pe_log_error(tensor, 1, old) != NULL || pe_log_error(tensor, 1, next) != NULL) fail("a good log was refused");
-    pe_switch(tensor, old, next);
+    if (log_error(tensor, old) != NULL || log_error(tensor, next) != NULL) fail("a good log was refused");
+    pe_switch(tensor, old, next, 0, 1);
+    if (next->n_segments && next->filled[0] != next->starts[1]) fail("a log was not filled");
 }
 
 /* base -> A -> B -> base must bring back every byte, whatever the granularities. */
@@ -104,12 +110,13 @@ static void there_and_back(const pe_tensor *tensor) {
     memcpy(base, tensor->data, tensor->n_bytes);
     checked_switch(tensor, &nothing, &a->log);
     checked_switch(tensor, &a->log, &b->log);
+    pe_touch(tensor, &b->log, 0, 1);
     checked_switch(tensor, &b->log, &nothing);
     if (memcmp(base, tensor->data, tensor->n_bytes) != 0) fail("a byte did not come back");
     a->positions[a->log.n_units - 1] = UINT32_MAX;
-    if (pe_log_error(tensor, 1, &a->log) == NULL) fail("a position outside the tensor was accepted");
+    if (log_error(tensor, &a->log) == NULL) fail("a position outside the tensor was accepted");
     b->mixes[0] = 4;
-    if (pe_log_error(tensor, 1, &b->log) == NULL) fail("a unit without a gate was accepted");
+    if (log_error(tensor, &b->log) == NULL) fail("a unit without a gate was accepted");
     free_log(a);
     free_log(b);
     free(base);
@@ -143,10 +150,10 @@ static void mutate(const int32_t *words, size_t n) {
         tensor.data = allocate(tensor.n_bytes);
         fill(tensor.data, tensor.n_bytes);
         plan = make_log(&tensor, random_below(2) ? 32 : 1, 2);
-        if (pe_log_error(&tensor, 1, &plan->log) == NULL) {
+        if (log_error(&tensor, &plan->log) == NULL) {
             static const int64_t zero[1] = {0};
             const pe_log nothing = {0, 0, 0, 0, NULL, NULL, zero, zero, NULL, NULL, NULL, NULL, NULL};
-            pe_switch(&tensor, &nothing, &plan->log);
+            pe_switch(&tensor, &nothing, &plan->log, 0, 1);
         }
         free_log(plan);
         free(tensor.data);
