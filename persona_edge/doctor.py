@@ -8,12 +8,13 @@ installed, fetched or changed.
 from __future__ import annotations
 
 import importlib
+import os
 import platform
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
@@ -25,6 +26,8 @@ from persona_edge.cache import cache_folder
 from persona_edge.catalogue_entries import DEFAULT_MODEL, load_catalogue
 from persona_edge.errors import PersonaEdgeError
 from persona_edge.probes import LLAMA_PROBE, TORCH_PROBE, ProbeResult, run_probe
+from persona_edge.runtime.llama_find import VARIABLE
+from persona_edge.runtime.placement import choose_placement
 from persona_edge.sources import place_of
 
 __all__ = ["Check", "Requirement", "Status", "can_chat", "run_checks"]
@@ -63,6 +66,7 @@ class Requirement:
 
 _NUMPY = Requirement("numpy", "1.26")
 _LLAMA = Requirement("llama-cpp-python", "0.3.36", "0.4")
+_PREBUILT = Requirement("llama-cpp-py-sync", "0.11739", "0.11740")
 _JINJA = Requirement("jinja2", "3.1")
 _OFFLINE = (
     Requirement("torch", "2.5"),
@@ -80,18 +84,16 @@ _ONNX = (Requirement("onnx", "1.17"), Requirement("onnxruntime", "1.20"))
 def run_checks() -> tuple[Check, ...]:
     """Every check, in the order a first use would meet them. Takes a few seconds where torch is installed."""
     with ThreadPoolExecutor(max_workers=2) as pool:
-        llama = pool.submit(run_probe, LLAMA_PROBE) if installed_version(_LLAMA.name) else None
+        llama = pool.submit(run_probe, LLAMA_PROBE)
         torch = pool.submit(run_probe, TORCH_PROBE) if installed_version("torch") else None
         checks = [
             check_python(sys.version_info[:3]),
             check_base_package(_NUMPY, installed_version(_NUMPY.name)),
             check_base_package(_JINJA, installed_version(_JINJA.name)),
             check_kernels(),
-            check_llama_version(installed_version(_LLAMA.name)),
-        ]
-        if llama is not None:
-            checks.append(check_libllama(llama.result()))
-        checks += [
+            check_llama_version(installed_version),
+            check_libllama(llama.result()),
+            check_placement(),
             check_processor(machine.cpu_flags(), machine.usable_cores()),
             check_memory(machine.available_memory()),
         ]
@@ -156,34 +158,40 @@ def check_kernels() -> Check:
     return Check("C kernels", "ok", "compiled")
 
 
-def check_llama_version(version: str | None) -> Check:
-    """llama-cpp-python, by its version alone."""
-    check = check_base_package(_LLAMA, version)
-    if check.status != "fail":
-        return check
-    remedy = f"{check.remedy} (builds llama.cpp for some minutes; needs CMake and a C++ compiler)"
-    return Check(check.name, check.status, check.detail, remedy)
+def check_llama_version(version_of: Callable[[str], str | None]) -> Check:
+    """The package that llama.cpp comes from, by its version alone: the one that would be taken."""
+    named = os.environ.get(VARIABLE)
+    if named:
+        return Check("llama.cpp", "ok", f"{named}, as {VARIABLE} says")
+    for requirement in (_LLAMA, _PREBUILT):
+        version = version_of(requirement.name)
+        if version is not None:
+            check = check_base_package(requirement, version)
+            return Check("llama.cpp", check.status, f"{requirement.name} {check.detail}", check.remedy)
+    remedy = f"pip install 'persona-edge[prebuilt]', or '{_LLAMA}' (builds it for some minutes; needs a C++ compiler)"
+    return Check("llama.cpp", "fail", "not installed", remedy)
 
 
 def check_libllama(probe: ProbeResult) -> Check:
-    """Whether the loaded llama.cpp lets weights be found and written."""
+    """Whether the llama.cpp that would be loaded lets weights be found and written."""
     rebuild = f"pip install --force-reinstall --no-cache-dir '{_LLAMA}'"
     if probe.failure is not None:
         return Check("libllama", "fail", f"cannot be loaded: {probe.failure}", rebuild)
-    missing = [name for name, present in _flags(probe, "required").items() if not present]
-    if missing:
-        return Check("libllama", "fail", f"does not export {', '.join(missing)}", rebuild)
-    found = any(_flags(probe, "direct").values())
-    way = (
-        "found by name" if found else "found by watching one evaluation (no get_tensor symbol), a little slower to load"
-    )
+    problem = probe.values.get("problem")
+    if problem is not None:
+        what, _, remedy = str(problem).rpartition("; ")
+        return Check("libllama", "fail", what or remedy, remedy)
+    way = "by name" if probe.values.get("direct") else "by watching one evaluation (no get_tensor symbol)"
     gpu = ", built with GPU support" if probe.values.get("gpu") else ""
-    return Check("libllama", "ok", f"tensors are {way}{gpu}")
+    return Check("libllama", "ok", f"{probe.values.get('path')}, tensors are found {way}{gpu}")
 
 
-def _flags(probe: ProbeResult, key: str) -> Mapping[str, bool]:
-    value = probe.values.get(key)
-    return value if isinstance(value, dict) else {}
+def check_placement() -> Check:
+    """Where the weights of a model of each size would go."""
+    small, large = choose_placement("auto", 100_000_000), choose_placement("auto", 5_000_000_000)
+    if small.kind == large.kind:
+        return Check("weights", "ok", small.text)
+    return Check("weights", "ok", f"a small model {small.text}; a large one {large.text}")
 
 
 def check_processor(flags: frozenset[str] | None, n_cores: int) -> Check:

@@ -16,29 +16,22 @@ __all__ = ["LLAMA_PROBE", "TORCH_PROBE", "ProbeResult", "run_probe"]
 
 _SECONDS = 60.0
 
-# What editing weights needs of llama.cpp: reading and writing a tensor through its backend. The tensor itself is asked
-# of `llama_model::get_tensor` by its C++ symbol; without it, a callback sees every tensor during one evaluation.
+# Everything that opening a model asks of libllama before the model: its functions, structures, tensors and devices.
 LLAMA_PROBE = """
-import ctypes, json, pathlib
-import llama_cpp
-folder = pathlib.Path(llama_cpp.__file__).parent / "lib"
-libraries = []
-for path in sorted(folder.iterdir()):
-    if path.suffix in (".so", ".dylib", ".dll"):
-        try:
-            libraries.append(ctypes.CDLL(str(path)))
-        except OSError:
-            pass
-def exported(name):
-    return any(hasattr(library, name) for library in libraries)
-required = ["llama_model_load_from_file", "llama_decode", "ggml_get_data", "ggml_nbytes",
-            "ggml_backend_tensor_get", "ggml_backend_tensor_set"]
-direct = ["_ZNK11llama_model10get_tensorEPKc", "?get_tensor@llama_model@@QEBAPEBUggml_tensor@@PEBD@Z"]
-print(json.dumps({
-    "required": {name: exported(name) for name in required},
-    "direct": {name: exported(name) for name in direct},
-    "gpu": bool(llama_cpp.llama_supports_gpu_offload()),
-}))
+import json
+from persona_edge.errors import PersonaEdgeError
+from persona_edge.runtime.llama_library import load_library
+try:
+    library = load_library()
+except PersonaEdgeError as error:
+    print(json.dumps({"problem": str(error)}))
+else:
+    print(json.dumps({
+        "name": library.name,
+        "path": str(library.path),
+        "direct": library.get_tensor is not None,
+        "gpu": bool(library.api.llama_supports_gpu_offload()),
+    }))
 """
 
 TORCH_PROBE = """

@@ -18,7 +18,7 @@ import math
 import os
 import weakref
 from collections.abc import Iterator, Sequence
-from types import ModuleType, TracebackType
+from types import SimpleNamespace, TracebackType
 from typing import Self
 
 import numpy as np
@@ -71,7 +71,7 @@ class LlamaBackend:
         params.flash_attn_type = self._api.LLAMA_FLASH_ATTN_TYPE_DISABLED
         if hasattr(params, "n_outputs_max"):
             params.n_outputs_max = _LOGITS_BATCH
-        self._model.library.log.clear()
+        self._model.library.listen()
         context: int | None = self._api.llama_init_from_model(self._model.handle, params)
         if not context:
             reason = self._model.library.log.first_error() or "no reason given"
@@ -221,7 +221,7 @@ class LlamaBackend:
         self._cache_is_known = True
 
 
-def _free_context(api: ModuleType, context: int, _model: LlamaModel) -> None:
+def _free_context(api: SimpleNamespace, context: int, _model: LlamaModel) -> None:
     """Free `context`; being handed the model keeps the garbage collector from freeing that first."""
     api.llama_free(context)
 
@@ -229,7 +229,7 @@ def _free_context(api: ModuleType, context: int, _model: LlamaModel) -> None:
 class _Batch:
     """A `llama_batch` for one sequence, with its memory, used again and again."""
 
-    def __init__(self, api: ModuleType, capacity: int) -> None:
+    def __init__(self, api: SimpleNamespace, capacity: int) -> None:
         self._token = np.zeros(capacity, np.int32)
         self._position = np.zeros(capacity, np.int32)
         self._n_sequences = np.ones(capacity, np.int32)
@@ -265,7 +265,8 @@ class Sampler:
         self.handle = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
         self._finalizer = weakref.finalize(self, api.llama_sampler_free, self.handle)
         if options.repeat_penalty != 1:
-            self._add(_penalties(api, backend.vocabulary.n_tokens, options.repeat_penalty))
+            n_vocab = backend.vocabulary.n_tokens
+            self._add(api.new_penalties_sampler(n_vocab, _PENALTY_WINDOW, options.repeat_penalty))
         if options.temperature == 0:
             self._add(api.llama_sampler_init_greedy())
         else:
@@ -311,14 +312,6 @@ def _cpu_quota() -> int:
         return max(1, math.ceil(int(quota) / int(period)))
     except (OSError, ValueError):
         return 1 << 16
-
-
-def _penalties(api: ModuleType, n_vocab: int, repeat_penalty: float) -> int:
-    """The repetition sampler; newer versions ask for the size of the vocabulary first."""
-    arguments = (_PENALTY_WINDOW, repeat_penalty, 0.0, 0.0)
-    wants_vocabulary = len(api.llama_sampler_init_penalties.argtypes) > len(arguments)
-    sampler: int = api.llama_sampler_init_penalties(*((n_vocab,) if wants_vocabulary else ()), *arguments)
-    return sampler
 
 
 def _common_beginning(cached: Sequence[int], wanted: Sequence[int]) -> int:

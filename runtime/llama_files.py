@@ -67,7 +67,7 @@ def _split_paths(library: LlamaLibrary, path: Path) -> list[Path]:
 
 def _tensors(library: LlamaLibrary, path: Path) -> list[FileTensor]:
     ggml = library.ggml
-    library.log.clear()
+    library.listen()
     gguf = ggml.gguf_init_from_file(os.fsencode(path), GgufInitParams(True, None))
     if not gguf:
         raise ModelFileError(damaged(path, library.log.first_error()))

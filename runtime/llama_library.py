@@ -1,8 +1,8 @@
-"""Thin access to libllama and libggml-base: which libraries, their functions, and the layout of a tensor in memory.
+"""Thin access to libllama and libggml-base: loading them, ggml's functions, and the layout of a tensor in memory.
 
-Everything that touches a native library goes through a `LlamaLibrary`, so that another libllama can take the place of
-llama-cpp-python's by changing `load_library` alone. The layout of `ggml_tensor` is no public interface of ggml; it is
-proven on tensors made for the purpose (`check_tensor_layout`) before a tensor of a model is read.
+Any libllama whose structures are known will do (`llama_find` says which is taken, `llama_api` binds it). The layout of
+`ggml_tensor` is no public interface of ggml; it is proven on tensors made for the purpose (`check_tensor_layout`)
+before a tensor of a model is read. A process holds one libllama: two would share one another's ggml.
 
 ctypes functions carry no static types: `LlamaLibrary.api` and `.ggml` are namespaces of untyped names.
 """
@@ -10,20 +10,33 @@ ctypes functions carry no static types: `LlamaLibrary.api` and `.ggml` are names
 from __future__ import annotations
 
 import ctypes
-import importlib
 import mmap
+import os
+import re
+import sys
+import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from ctypes import c_bool, c_char, c_char_p, c_int, c_int32, c_int64, c_size_t, c_uint8, c_void_p
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any
+from types import SimpleNamespace
 
 from persona_edge.errors import MissingDependencyError, WeightAccessError
+from persona_edge.machine import cpu_flags
+from persona_edge.runtime.llama_api import Prototypes, bind, bind_api, find_symbol
+from persona_edge.runtime.llama_find import LibraryFile, find_library
+from persona_edge.runtime.older_glibc import is_about_glibc, loadable_copy
 
-__all__ = ["GgmlTensor", "GgufInitParams", "LlamaLibrary", "LogCollector", "check_tensor_layout", "load_library"]
+__all__ = [
+    "GgmlTensor",
+    "GgufInitParams",
+    "LlamaLibrary",
+    "LogCollector",
+    "check_processor",
+    "check_tensor_layout",
+    "load_library",
+]
 
 _ERROR_LEVEL = 4
 
@@ -57,10 +70,9 @@ class GgufInitParams(ctypes.Structure):
     _fields_ = (("no_alloc", c_bool), ("ctx", c_void_p))
 
 
-_Prototype = Callable[[tuple[str, ctypes.CDLL]], Callable[..., Any]]
 _TENSOR = c_void_p
 _BUFFER = c_void_p
-_PROTOTYPES: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
+_PROTOTYPES: Prototypes = {
     "ggml_get_name": (c_char_p, (_TENSOR,)),
     "ggml_get_data": (c_void_p, (_TENSOR,)),
     "ggml_nelements": (c_int64, (_TENSOR,)),
@@ -84,6 +96,19 @@ _PROTOTYPES: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
     "gguf_get_tensor_offset": (c_size_t, (c_void_p, c_int64)),
     "gguf_get_tensor_size": (c_size_t, (c_void_p, c_int64)),
 }
+_INSTRUCTIONS = {
+    "AVX": "avx",
+    "AVX2": "avx2",
+    "AVX512": "avx512f",
+    "AVX512_VBMI": "avx512vbmi",
+    "AVX512_VNNI": "avx512_vnni",
+    "AVX512_BF16": "avx512_bf16",
+    "AVX_VNNI": "avx_vnni",
+    "BMI2": "bmi2",
+    "F16C": "f16c",
+    "FMA": "fma",
+}
+"""llama.cpp's names of instruction sets, and what /proc/cpuinfo calls them."""
 _GET_TENSOR = "_ZNK11llama_model10get_tensorEPKc"
 
 
@@ -112,88 +137,136 @@ class LogCollector:
 class LlamaLibrary:
     """A loaded libllama with its libggml-base.
 
-    `api` holds libllama's functions, structures and constants under their C names (the llama_cpp module); `ggml` those
-    of libggml-base listed in `_PROTOTYPES`. `get_tensor(model, name)` returns a tensor's address or None; it is None
-    itself where the library does not export that C++ method. `keep_alive` holds what the C side points to.
+    `api` holds libllama's functions, structures and constants under their C names (`llama_api`); `ggml` those of
+    libggml-base listed in `_PROTOTYPES`. `get_tensor(model, name)` returns a tensor's address or None; it is None
+    itself where the library does not export that C++ method. `name` is the package and its version, `path` the file
+    that was loaded. `log_callback` is `log` as C calls it.
     """
 
-    api: ModuleType
+    api: SimpleNamespace
     ggml: SimpleNamespace
     get_tensor: Callable[[int, bytes], int | None] | None
     log: LogCollector
-    version: str
+    name: str
     path: Path
-    keep_alive: tuple[object, ...]
+    log_callback: object
+
+    def listen(self) -> None:
+        """Take over llama.cpp's log, also from an app that set its own since, and forget what was reported."""
+        self.api.llama_log_set(self.log_callback, None)
+        self.log.clear()
 
 
-@cache
-def load_library() -> LlamaLibrary:
-    """The libllama that llama-cpp-python brings, loaded once per process, with its log turned silent.
+_loaded: dict[Path, LlamaLibrary] = {}
+_loading = threading.Lock()
 
-    Raises MissingDependencyError when the package is missing or its library cannot be loaded, and WeightAccessError
-    when this version lays out its tensors in a way that is not known.
+
+def load_library(wanted: str | os.PathLike[str] | None = None) -> LlamaLibrary:
+    """The libllama that `find_library` finds, loaded once per process, with its log turned silent.
+
+    Raises MissingDependencyError when there is none or it cannot be loaded, ModelNotFoundError when `wanted` is no
+    file, and WeightAccessError when its parameters or tensors are laid out in a way that is not known, or when the
+    process already holds another one.
     """
-    api = _import_llama_cpp()
-    libllama: ctypes.CDLL = api.llama_cpp._lib
-    ggml = SimpleNamespace(**_bind_ggml(libllama))
+    file = find_library(wanted)
+    with _loading:
+        if _loaded and file.path not in _loaded:
+            [used] = _loaded
+            raise WeightAccessError(f"this process already uses {used}; {file.path} needs a process of its own")
+        if not _loaded:
+            _loaded[file.path] = _load(file)
+        return _loaded[file.path]
+
+
+def _load(file: LibraryFile) -> LlamaLibrary:
+    libraries = _open(file)
+    ggml = SimpleNamespace(**bind(libraries, _PROTOTYPES, file.name))
+    _check_own_ggml(file, libraries[0])
+    api = bind_api(libraries, file.name)
     check_tensor_layout(ggml)
-    log = LogCollector()
-    callback = api.llama_log_callback(log)
-    api.llama_log_set(callback, c_void_p(0))
-    api.llama_backend_init()
-    return LlamaLibrary(
-        api, ggml, _bind_get_tensor(libllama), log, str(api.__version__), Path(libllama._name), keep_alive=(callback,)
+    log, path = LogCollector(), Path(libraries[0]._name)
+    library = LlamaLibrary(
+        api, ggml, _bind_get_tensor(libraries), log, file.name, path, log_callback=api.llama_log_callback(log)
     )
+    library.listen()
+    api.llama_backend_init()
+    _find_devices(libraries, file)
+    check_processor(file, api.llama_print_system_info().decode("utf-8", "replace"), cpu_flags())
+    return library
 
 
-def _import_llama_cpp() -> ModuleType:
+def _open(file: LibraryFile) -> list[ctypes.CDLL]:
+    """libllama, and on Windows ggml's libraries: elsewhere a handle also finds what the library depends on."""
     try:
-        return importlib.import_module("llama_cpp")
-    except ModuleNotFoundError as error:
-        missing = "" if error.name == "llama_cpp" else f" ({error.name} is missing)"
-        raise MissingDependencyError(
-            f"running a GGUF model needs llama-cpp-python{missing}; install it with: "
-            "pip install 'llama-cpp-python>=0.3.36,<0.4'"
-        ) from None
-    except (OSError, RuntimeError) as error:
+        return _open_at(file.path)
+    except OSError as error:
         reason = " ".join(str(error).split())
-        raise MissingDependencyError(
-            f"llama-cpp-python is installed but its library does not load ({reason}); reinstall it with: "
-            "pip install --force-reinstall --no-cache-dir llama-cpp-python"
-        ) from None
+    if not is_about_glibc(reason):
+        raise MissingDependencyError(f"{file.name} does not load ({reason}); {file.reinstall}")
+    from persona_edge.cache import cache_folder
+
+    try:
+        return _open_at(loadable_copy(file.path, cache_folder()))
+    except OSError as error:
+        reason = " ".join(str(error).split())
+    raise MissingDependencyError(f"{file.name} needs a newer system ({reason}); use pip install llama-cpp-python")
 
 
-def _bind_ggml(libllama: ctypes.CDLL) -> dict[str, Any]:
-    """Functions of libggml-base; prototypes of our own, because llama_cpp shares its function objects with everyone.
+def _open_at(path: Path) -> list[ctypes.CDLL]:
+    if sys.platform == "win32":
+        os.add_dll_directory(str(path.parent))
+    beside = [path.with_name(name) for name in ("ggml-base.dll", "ggml.dll")]
+    return [ctypes.CDLL(str(each)) for each in (path, *beside) if each == path or each.exists()]
 
-    Where the loader also searches what libllama depends on (Linux, macOS) its handle finds them; Windows needs ggml's.
+
+class _SymbolInfo(ctypes.Structure):
+    _fields_ = (("file", c_char_p), ("base", c_void_p), ("name", c_char_p), ("address", c_void_p))
+
+
+def _check_own_ggml(file: LibraryFile, libllama: ctypes.CDLL) -> None:
+    """The loader gives a library the ggml that is there already, be it another build's; where it tells, refuse that."""
+    if sys.platform == "win32" or not any(Path(libllama._name).parent.glob("*ggml-base*")):
+        return
+    info = _SymbolInfo()
+    address = ctypes.cast(libllama.ggml_nbytes, c_void_p)
+    if not ctypes.CDLL(None).dladdr(address, ctypes.byref(info)) or not info.file:
+        return
+    used = Path(os.fsdecode(info.file)).resolve()
+    if used.parent != Path(libllama._name).resolve().parent:
+        raise WeightAccessError(
+            f"this process already uses another llama.cpp ({used}); load {file.name} in a process of its own"
+        )
+
+
+def _find_devices(libraries: Sequence[ctypes.CDLL], file: LibraryFile) -> None:
+    """Builds that keep each kind of processor in a library of its own start with none of them."""
+    count = find_symbol(libraries, "ggml_backend_dev_count", ctypes.CFUNCTYPE(c_size_t))
+    load_all = find_symbol(libraries, "ggml_backend_load_all_from_path", ctypes.CFUNCTYPE(None, c_char_p))
+    if count is not None and load_all is not None and not count():
+        load_all(os.fsencode(Path(libraries[0]._name).parent))
+        if not count():
+            raise MissingDependencyError(f"{file.name} finds no processor to compute on; {file.reinstall}")
+
+
+def check_processor(file: LibraryFile, system_info: str, flags: frozenset[str] | None) -> None:
+    """MissingDependencyError when the library was compiled for instructions that the processor does not have.
+
+    `system_info` is llama.cpp's own list (`AVX2 = 1 | …`), `flags` the processor's; None, not known, passes.
     """
-    libraries = [libllama]
-    folder = Path(libllama._name).parent
-    libraries += [ctypes.CDLL(str(path)) for path in (folder / "ggml-base.dll",) if path.exists()]
-    functions = {}
-    for name, (result, arguments) in _PROTOTYPES.items():
-        function = _find(libraries, name, ctypes.CFUNCTYPE(result, *arguments))
-        if function is None:
-            raise WeightAccessError(
-                f"{folder} does not export {name}, which editing weights needs; install llama-cpp-python 0.3.36"
-            )
-        functions[name] = function
-    return functions
+    if flags is None:
+        return
+    compiled_for = set(re.findall(r"(\w+) = 1", system_info))
+    missing = [name for name, flag in _INSTRUCTIONS.items() if name in compiled_for and flag not in flags]
+    if missing:
+        raise MissingDependencyError(
+            f"{file.name} was compiled for a processor with {', '.join(missing)}, which this one does not have; "
+            "install llama-cpp-python, which is built for this machine: pip install 'llama-cpp-python>=0.3.36,<0.4'"
+        )
 
 
-def _bind_get_tensor(libllama: ctypes.CDLL) -> Callable[[int, bytes], int | None] | None:
+def _bind_get_tensor(libraries: Sequence[ctypes.CDLL]) -> Callable[[int, bytes], int | None] | None:
     """`const ggml_tensor * llama_model::get_tensor(const char *) const`: a C++ method under its mangled name."""
-    return _find([libllama], _GET_TENSOR, ctypes.CFUNCTYPE(c_void_p, c_void_p, c_char_p))
-
-
-def _find(libraries: list[ctypes.CDLL], name: str, prototype: _Prototype) -> Callable[..., Any] | None:
-    for library in libraries:
-        try:
-            return prototype((name, library))
-        except AttributeError:
-            continue
-    return None
+    return find_symbol(libraries, _GET_TENSOR, ctypes.CFUNCTYPE(c_void_p, c_void_p, c_char_p))
 
 
 def check_tensor_layout(ggml: SimpleNamespace) -> None:
@@ -224,5 +297,5 @@ def check_tensor_layout(ggml: SimpleNamespace) -> None:
     if not as_expected:
         raise WeightAccessError(
             "this libggml-base keeps its tensors in a layout that persona-edge does not know; "
-            "install llama-cpp-python 0.3.36"
+            "install a version that it knows: pip install 'llama-cpp-python==0.3.36'"
         )

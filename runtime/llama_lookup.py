@@ -6,6 +6,7 @@ takes one evaluation and misses tensors that take no part in it. Where both find
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Literal
 
@@ -52,7 +53,8 @@ def _in_graph(library: LlamaLibrary, model: int, names: Sequence[str]) -> dict[s
 
     params = api.llama_context_default_params()
     params.n_ctx = params.n_batch = params.n_ubatch = 32
-    params.cb_eval = api.ggml_backend_sched_eval_callback(look_at)
+    callback = api.ggml_backend_sched_eval_callback(look_at)
+    params.cb_eval = ctypes.cast(callback, ctypes.c_void_p)
     context = api.llama_init_from_model(model, params)
     if not context:
         raise WeightAccessError(f"cannot evaluate the model to find its tensors; {library.log.first_error()}")

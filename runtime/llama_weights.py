@@ -13,7 +13,7 @@ import os
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +41,13 @@ class LlamaModel:
 
     _handle: int | None
 
-    def __init__(self, path: str | os.PathLike[str], *, weights: WeightsMode = "auto") -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        weights: WeightsMode = "auto",
+        library: str | os.PathLike[str] | None = None,
+    ) -> None:
         """Load the GGUF at `path`, or all parts when it is the first part of a split model.
 
         Raises ModelNotFoundError, ModelFileError (not a GGUF, damaged), UnsupportedModelError (an architecture that
@@ -50,7 +56,7 @@ class LlamaModel:
         """
         self.path = Path(path)
         check_is_gguf(self.path)
-        self.library: LlamaLibrary = load_library()
+        self.library: LlamaLibrary = load_library(library)
         parts = read_parts(self.library, self.path)
         self.file_tensor_names = tuple(tensor.name for part in parts for tensor in part.tensors)
         self.placement = choose_placement(weights, sum(part.path.stat().st_size for part in parts))
@@ -127,21 +133,21 @@ def weights_digest(tensors: Iterable[WeightTensor]) -> str:
 
 def _load(library: LlamaLibrary, path: Path, *, is_mapped: bool) -> int:
     """The `llama_model *` of `path`, with its weights in plain CPU memory or mapped from the file."""
-    library.log.clear()
+    library.listen()
     params = _editable_params(library.api, is_mapped=is_mapped)
     handle: int | None = library.api.llama_model_load_from_file(os.fsencode(path), params)
     if handle:
         return handle
     reason = library.log.first_error().removeprefix("error loading model: ")
     if any(phrase in reason for phrase in _UNSUPPORTED) and "''" not in reason:  # '' is a name that is missing
-        raise UnsupportedModelError(f"{path.name} cannot be run by llama-cpp-python {library.version}: {reason}")
+        raise UnsupportedModelError(f"{path.name} cannot be run by {library.name}: {reason}")
     if any(phrase in reason for phrase in _OUT_OF_MEMORY):
         n_megabytes = path.stat().st_size // 10**6
         raise ModelError(f"not enough memory for {path.name} ({n_megabytes} MB): {reason}; use a smaller model")
     raise ModelFileError(damaged(path, reason))
 
 
-def _editable_params(api: ModuleType, *, is_mapped: bool) -> ctypes.Structure:
+def _editable_params(api: SimpleNamespace, *, is_mapped: bool) -> ctypes.Structure:
     """Model parameters that put weights where they can be edited: CPU, layout of the file.
 
     `load_mode` replaced `use_mmap` within the range of versions that are supported.

@@ -78,16 +78,18 @@ class PersonaRuntime:
         n_threads: int | None = None,
         seed: int = 0,
         weights: WeightsMode = "auto",
+        library: str | os.PathLike[str] | None = None,
     ) -> Self:
         """Load the GGUF file `model` and attach `pack` if given. Nothing is written to the weights yet.
 
         `n_ctx` is capped at what the model was trained for; `n_threads` None takes the physical cores. The seed makes
         a whole session repeatable. `weights` says where they lie: "heap", "mmap" (the file, mapped copy-on-write), or
-        "auto", whichever is better. Raises InputError, ModelNotFoundError, ModelFileError, UnsupportedModelError,
-        WeightAccessError, MissingDependencyError, and what `attach` raises.
+        "auto", whichever is better. `library` is the path of a libllama to use instead of the installed one, as is the
+        environment's PERSONA_EDGE_LIBLLAMA; a process can use one. Raises InputError, ModelNotFoundError,
+        ModelFileError, UnsupportedModelError, WeightAccessError, MissingDependencyError, and what `attach` raises.
         """
         with ExitStack() as on_failure:
-            loaded = LlamaModel(model, weights=weights)
+            loaded = LlamaModel(model, weights=weights, library=library)
             on_failure.callback(loaded.close)
             backend = LlamaBackend(loaded, n_ctx=n_ctx, n_threads=n_threads)
             on_failure.callback(backend.close)

@@ -14,6 +14,7 @@ from persona_edge import doctor, machine
 from persona_edge.cli import main
 from persona_edge.doctor import Check, Requirement, can_chat
 from persona_edge.probes import LLAMA_PROBE, ProbeResult, run_probe
+from persona_edge.runtime.llama_find import installed_libraries
 
 LLAMA = Requirement("llama-cpp-python", "0.3.36", "0.4")
 
@@ -45,24 +46,41 @@ def test_tested_range_ignores_build_labels_and_final_zeros() -> None:
 def test_ranges_are_those_of_the_package() -> None:
     """pyproject.toml and the doctor state the same requirements."""
     text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
-    ours = [doctor._NUMPY, doctor._LLAMA, doctor._JINJA, *doctor._OFFLINE, *doctor._ONNX]
+    ours = [doctor._NUMPY, doctor._LLAMA, doctor._PREBUILT, doctor._JINJA, *doctor._OFFLINE, *doctor._ONNX]
     for requirement in ours:
         assert f'"{requirement}"' in text, requirement
 
 
 @pytest.mark.parametrize(
-    ("version", "status", "remedy"),
+    ("versions", "status", "detail", "remedy"),
     [
-        (None, "fail", "pip install 'llama-cpp-python>=0.3.36,<0.4' (builds llama.cpp"),
-        ("0.2.0", "warn", "pip install 'llama-cpp-python>=0.3.36,<0.4'"),
-        ("0.3.40", "ok", ""),
+        (
+            {},
+            "fail",
+            "not installed",
+            "pip install 'persona-edge[prebuilt]', or 'llama-cpp-python>=0.3.36,<0.4' (builds",
+        ),
+        (
+            {"llama-cpp-python": "0.2.0"},
+            "warn",
+            "llama-cpp-python 0.2.0 is outside the tested range llama-cpp-python>=0.3.36,<0.4",
+            "pip install 'llama-cpp-python>=0.3.36,<0.4'",
+        ),
+        ({"llama-cpp-python": "0.3.40", "llama-cpp-py-sync": "0.1"}, "ok", "llama-cpp-python 0.3.40", ""),
+        ({"llama-cpp-py-sync": "0.11739"}, "ok", "llama-cpp-py-sync 0.11739", ""),
     ],
 )
-def test_llama_version(version: str | None, status: str, remedy: str) -> None:
-    check = doctor.check_llama_version(version)
-    assert check.status == status
+def test_llama_version(versions: dict[str, str], status: str, detail: str, remedy: str) -> None:
+    check = doctor.check_llama_version(versions.get)
+    assert (check.status, check.detail) == (status, detail)
     assert check.remedy.startswith(remedy)
     assert can_chat((check,)) is (status != "fail")
+
+
+def test_llama_that_the_environment_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PERSONA_EDGE_LIBLLAMA", "/opt/app/lib")
+    check = doctor.check_llama_version(lambda name: None)
+    assert (check.status, check.detail) == ("ok", "/opt/app/lib, as PERSONA_EDGE_LIBLLAMA says")
 
 
 def test_old_python_fails() -> None:
@@ -70,17 +88,28 @@ def test_old_python_fails() -> None:
     assert doctor.check_python((3, 11, 0)).status == "ok"
 
 
-def test_libllama_that_lacks_a_symbol_fails() -> None:
-    required = {"llama_decode": True, "ggml_backend_tensor_set": False}
-    check = doctor.check_libllama(ProbeResult({"required": required, "direct": {"a": True}}))
-    assert (check.status, check.detail) == ("fail", "does not export ggml_backend_tensor_set")
-    assert "--force-reinstall" in check.remedy
+def test_libllama_that_cannot_be_used_fails() -> None:
+    problem = "libllama does not export llama_decode; install a version that persona-edge knows: pip install 'x==1'"
+    check = doctor.check_libllama(ProbeResult({"problem": problem}))
+    assert (check.status, check.detail) == ("fail", "libllama does not export llama_decode")
+    assert check.remedy == "install a version that persona-edge knows: pip install 'x==1'"
 
 
 def test_libllama_without_get_tensor_falls_back() -> None:
-    check = doctor.check_libllama(ProbeResult({"required": {"a": True}, "direct": {"a": False, "b": False}}))
+    check = doctor.check_libllama(ProbeResult({"path": "/lib/libllama.so", "direct": False, "gpu": True}))
     assert check.status == "ok"
-    assert "watching one evaluation" in check.detail
+    assert check.detail == (
+        "/lib/libllama.so, tensors are found by watching one evaluation (no get_tensor symbol), built with GPU support"
+    )
+
+
+def test_where_weights_would_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("persona_edge.runtime.placement.available_memory", lambda: None)
+    check = doctor.check_placement()
+    assert check.detail.startswith("a small model in the heap: 100 MB are copied quickly")
+    assert "; a large one mapped from the file, copied page by page when edited: 5.0 GB load" in check.detail
+    monkeypatch.setattr("persona_edge.runtime.placement.why_not_here", lambda: "no room")
+    assert doctor.check_placement().detail == "in the heap: mapped weights cannot be edited here (no room)"
 
 
 def test_library_that_crashes_is_a_finding() -> None:
@@ -197,7 +226,8 @@ def test_malformed_catalogue_is_a_finding(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_llama_in_this_environment_can_be_edited() -> None:
-    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    if next(installed_libraries(), None) is None:
+        pytest.skip("no llama.cpp is installed")
     check = doctor.check_libllama(run_probe(LLAMA_PROBE))
     assert check.status == "ok", check.detail
 
@@ -208,7 +238,17 @@ def test_whole_report_on_this_machine() -> None:
     checks = tuple(Check(**check) for check in report["checks"])
     names = [check.name for check in checks]
     assert len(names) == len(set(names))
-    assert {"Python", "numpy", "C kernels", "llama-cpp-python", "cache", "default model", "offline extra"} <= set(names)
+    assert {
+        "Python",
+        "numpy",
+        "C kernels",
+        "llama.cpp",
+        "libllama",
+        "weights",
+        "cache",
+        "default model",
+        "offline extra",
+    } <= set(names)
     assert all(bool(check.remedy) is (check.status != "ok") for check in checks)
     assert report["can_chat"] is can_chat(checks)
     assert result.exit_code == (0 if can_chat(checks) else 1)

@@ -77,7 +77,7 @@ import importlib.machinery, sys
 class Finder(importlib.machinery.PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        return None if name.partition(".")[0] == "{package}" else super().find_spec(name, path, target)
+        return None if name.partition(".")[0] in "{package}".split() else super().find_spec(name, path, target)
 sys.meta_path = [Finder if finder is importlib.machinery.PathFinder else finder for finder in sys.meta_path]
 """
 
@@ -467,7 +467,7 @@ def test_a_full_disk(packed: Workplace) -> None:
     [
         ("torch", "export", ["torch", "pip install 'persona-edge[offline]'"]),
         ("transformers", "export", ["transformers", "pip install 'persona-edge[offline]'"]),
-        ("llama_cpp", "chat", ["llama-cpp-python", "pip install"]),
+        ("llama_cpp llama_cpp_py_sync", "chat", ["llama-cpp-python", "pip install 'persona-edge[prebuilt]'"]),
     ],
 )
 def test_packages_that_are_missing(place: Workplace, package: str, command: str, parts: Sequence[str]) -> None:

@@ -36,12 +36,12 @@ print(*(m for m in ("torch", "transformers", "click", "gguf") if m in sys.module
     assert run(code) == ""
 
 
-def test_without_llama_cpp_python_the_error_says_what_to_install(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_without_a_libllama_the_error_says_what_to_install(tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("model") / "any.gguf"
     path.write_bytes(b"GGUF")
     code = f"""
 import sys
-sys.modules["llama_cpp"] = None
+sys.modules["llama_cpp"] = sys.modules["llama_cpp_py_sync"] = None
 from persona_edge.errors import MissingDependencyError
 from persona_edge.runtime.session import PersonaRuntime
 try:
@@ -51,14 +51,16 @@ except MissingDependencyError as error:
 """
     message = run(code)
     assert message == (
-        "running a GGUF model needs llama-cpp-python; install it with: pip install 'llama-cpp-python>=0.3.36,<0.4'"
+        "running a GGUF model needs llama.cpp; install it with: pip install 'persona-edge[prebuilt]' "
+        "(no compiler needed), or: pip install 'llama-cpp-python>=0.3.36,<0.4' (builds it for this machine)"
     )
 
 
 def test_all_names_exist() -> None:
     modules = [
         *("chat_template", "fair_lock", "generation", "llama_backend", "llama_library", "llama_vocabulary"),
-        *("llama_weights", "session", "text_stream", "values"),
+        *("llama_api", "llama_files", "llama_find", "llama_lookup", "llama_mapping", "llama_structs", "llama_weights"),
+        *("older_glibc", "placement", "session", "text_stream", "values"),
     ]
     code = f"""
 import importlib

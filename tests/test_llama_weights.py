@@ -6,7 +6,7 @@ import ctypes
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -191,7 +191,7 @@ def test_mapped_weights_are_refused_unless_they_were_made_writable(
 ) -> None:
     editable = llama_weights._editable_params
 
-    def mapped(api: ModuleType, *, is_mapped: bool) -> ctypes.Structure:
+    def mapped(api: SimpleNamespace, *, is_mapped: bool) -> ctypes.Structure:
         assert not is_mapped
         return editable(api, is_mapped=True)
 
