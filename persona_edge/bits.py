@@ -1,4 +1,6 @@
-"""Sets of positions as bits: the code of the planes and the sign sketch of a mask pack. NumPy and arithmetic, no files.
+"""Sets of positions as bits, one tensor after the other: the flat code of a mask pack. NumPy and arithmetic, no files.
+
+The sign sketch and planes of single weights have it; planes of groups have persona_edge.row_code, since version 2.
 
 A section holds, for each of `n_tensors` tensors with `n_units[i]` units, a strictly ascending set of `counts[i]`
 positions. What is stored per tensor follows from (n_units[i], counts[i]) alone, so no parameter is spent on it:
@@ -25,7 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["MAX_UNITS", "CodecError", "decode_positions", "encode_positions", "entropy_bits"]
+__all__ = ["MAX_UNITS", "CodecError", "check_positions", "decode_positions", "encode_positions", "entropy_bits"]
 
 MAX_UNITS = 2**32  # positions are uint32
 MAX_WIDTH = 31
@@ -55,7 +57,7 @@ def encode_positions(n_units: Sequence[int], positions: Sequence[Positions]) -> 
     Raises CodecError naming the tensor's index when a set breaks that rule.
     """
     for index, (units, ascending) in enumerate(zip(n_units, positions, strict=True)):
-        _check_set(index, units, ascending)
+        check_positions(index, units, ascending)
     counts = np.array([len(p) for p in positions], dtype=np.int64)
     plan = _Plan.of(n_units, counts)
     exponents, fields = _encode_counts(n_units, counts)
@@ -166,7 +168,8 @@ def _rice_widths(n_units: Integers, n_coded: Integers) -> Integers:
     return width
 
 
-def _check_set(index: int, n_units: int, ascending: Positions) -> None:
+def check_positions(index: int, n_units: int, ascending: Positions) -> None:
+    """CodecError naming tensor `index` unless `ascending` is a set of positions below `n_units`."""
     if not 0 <= n_units <= MAX_UNITS:
         raise CodecError(f"{n_units} units, the format ends at {MAX_UNITS}", index)
     if ascending.dtype != np.uint32 or ascending.ndim != 1:

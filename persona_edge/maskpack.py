@@ -207,6 +207,11 @@ class MaskPack:
         return self._header.report
 
     @property
+    def version(self) -> int:
+        """The version of the format that the pack is in."""
+        return self._header.version
+
+    @property
     def n_bytes(self) -> int:
         """Size of the whole pack in bytes."""
         return self._header.n_bytes

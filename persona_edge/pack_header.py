@@ -53,7 +53,8 @@ __all__ = [
 ]
 
 MAGIC = b"\x89MPK\r\n\x1a\n"
-VERSION = 1
+VERSION = 2  # the one that is written
+READABLE_VERSIONS = (1, 2)
 HEADER_LIMIT = 16 * 2**20  # bytes
 GATE_LIMIT = 65504.0  # the largest half-precision number, the type of the scales that gates multiply
 _PREAMBLE = struct.Struct("<8sII32s")
@@ -103,8 +104,12 @@ class PoleEntry:
 
 @dataclass(frozen=True)
 class Header:
-    """A valid header. `sections[0]` is the sketch, the others are the planes in the order of the poles."""
+    """A valid header. `sections[0]` is the sketch, the others are the planes in the order of the poles.
 
+    `version` is the pack's format: it says which code the planes of groups have.
+    """
+
+    version: int
     architecture: str
     tensors: tuple[TensorShape, ...]
     n_sketch_positions: int
@@ -136,7 +141,7 @@ def front_size(prefix: bytes) -> int:
 
     Raises NotAPackError, PackVersionError, PackTruncatedError, PackHeaderTooLargeError.
     """
-    return PREAMBLE_SIZE + _read_preamble(prefix)[0]
+    return PREAMBLE_SIZE + _read_preamble(prefix)[1]
 
 
 def parse_header(prefix: bytes) -> Header:
@@ -144,13 +149,13 @@ def parse_header(prefix: bytes) -> Header:
 
     Raises the subclass of MalformedPackError that fits; the message lacks the name of the file.
     """
-    n_bytes, digest = _read_preamble(prefix)
+    version, n_bytes, digest = _read_preamble(prefix)
     data = prefix[PREAMBLE_SIZE : PREAMBLE_SIZE + n_bytes]
     if len(data) < n_bytes:
         raise PackTruncatedError(f"the header ends after {len(data)} of {n_bytes} bytes")
     if hashlib.sha256(data).digest() != digest:
         raise PackChecksumError("the header is damaged (SHA-256 differs)")
-    return _header(parse_json(data), PREAMBLE_SIZE + n_bytes)
+    return _header(parse_json(data), version, PREAMBLE_SIZE + n_bytes)
 
 
 def check_gate(gate: object, where: str) -> float:
@@ -160,23 +165,26 @@ def check_gate(gate: object, where: str) -> float:
     return gate
 
 
-def _read_preamble(prefix: bytes) -> tuple[int, bytes]:
+def _read_preamble(prefix: bytes) -> tuple[int, int, bytes]:
+    """Version, length of the header, SHA-256 of the header."""
     if prefix[: len(MAGIC)] != MAGIC[: len(prefix)] or not prefix:
         raise NotAPackError("not a mask pack (the first 8 bytes differ)")
     if len(prefix) < PREAMBLE_SIZE:
         raise PackTruncatedError(f"ends after {len(prefix)} bytes, within the first {PREAMBLE_SIZE}")
     _, version, n_bytes, digest = _PREAMBLE.unpack_from(prefix)
-    if version != VERSION:
-        raise PackVersionError(f"format version {version}, this reader knows version {VERSION}")
+    if version not in READABLE_VERSIONS:
+        known = " and ".join(map(str, READABLE_VERSIONS))
+        raise PackVersionError(f"format version {version}, this reader knows versions {known}")
     if n_bytes > HEADER_LIMIT:
         raise PackHeaderTooLargeError(f"the header claims {n_bytes} bytes, at most {HEADER_LIMIT} are allowed")
-    return n_bytes, digest
+    return version, n_bytes, digest
 
 
-def _header(value: object, end: int) -> Header:
+def _header(value: object, version: int, end: int) -> Header:
     keys = ("architecture", "personas", "poles", "report", "sections", "sketch", "tensors")
     architecture, personas, poles, report, sections, sketch, tensors = as_members(value, "header", *keys)
     header = Header(
+        version=version,
         architecture=as_name(architecture, "architecture", PackIdentityError),
         tensors=expand_tensors(tensors),
         n_sketch_positions=_sketch_positions(sketch),

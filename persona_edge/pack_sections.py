@@ -3,7 +3,8 @@
     sketch section   one sign bit per sample, padded to whole bytes; then the samples' positions (granularity 1)
     plane section    the positions
 
-Positions are coded by `persona_edge.bits`, tensors in the order of the identity.
+Positions have the flat code (`persona_edge.bits`), but for planes of groups, which have had the row code
+(`persona_edge.row_code`) since version 2. Tensors are in the order of the identity.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from persona_edge.bits import CodecError, decode_positions, encode_positions
-from persona_edge.masks import Granularity, ModelIdentity, Plane, SignSample, TensorShape
+from persona_edge.masks import GROUP_SIZE, ModelIdentity, Plane, SignSample, TensorShape
 from persona_edge.pack_errors import PackPlaneError, PackSketchError
 from persona_edge.pack_header import Header, PlaneEntry, units_per_tensor
 from persona_edge.pack_json import short
+from persona_edge.row_code import decode_rows, encode_rows
 
 __all__ = ["decode_identity", "decode_plane", "encode_plane", "encode_sketch"]
 
@@ -27,7 +29,10 @@ Positions = NDArray[np.uint32]
 def encode_plane(plane: Plane, identity: ModelIdentity, where: str) -> bytes:
     """The plane's section; PackPlaneError, which begins with `where`, for positions that the identity has not."""
     try:
-        return _encode(plane.positions, identity, plane.granularity)
+        sets = _per_tensor(plane.positions, identity)
+        if plane.granularity == 1:
+            return encode_positions(units_per_tensor(identity.tensors, plane.granularity), sets)
+        return encode_rows(_row_shapes(identity.tensors), sets)
     except CodecError as error:
         raise PackPlaneError(f"{where}: {_explained(error, identity.tensors)}") from None
 
@@ -35,7 +40,11 @@ def encode_plane(plane: Plane, identity: ModelIdentity, where: str) -> bytes:
 def decode_plane(entry: PlaneEntry, header: Header, data: bytes) -> Plane:
     """The plane whose section is `data`; PackPlaneError when it is not an encoding of the positions announced."""
     try:
-        positions = decode_positions(data, units_per_tensor(header.tensors, entry.granularity), entry.n_positions)
+        if entry.granularity == 1 or header.version == 1:
+            units = units_per_tensor(header.tensors, entry.granularity)
+            positions = decode_positions(data, units, entry.n_positions)
+        else:
+            positions = decode_rows(data, _row_shapes(header.tensors), entry.n_positions)
     except CodecError as error:
         section = header.sections[entry.section]
         raise PackPlaneError(
@@ -48,7 +57,8 @@ def decode_plane(entry: PlaneEntry, header: Header, data: bytes) -> Plane:
 def encode_sketch(identity: ModelIdentity) -> bytes:
     """The sketch section; PackSketchError for samples that the identity's tensors do not have."""
     try:
-        positions = _encode({name: sample.positions for name, sample in identity.sketch.items()}, identity, 1)
+        sets = _per_tensor({name: sample.positions for name, sample in identity.sketch.items()}, identity)
+        positions = encode_positions(units_per_tensor(identity.tensors, 1), sets)
     except CodecError as error:
         raise PackSketchError(f"the sign sketch: {_explained(error, identity.tensors)}") from None
     samples = [identity.sketch[t.name] for t in identity.tensors if t.name in identity.sketch]
@@ -84,7 +94,8 @@ def decode_identity(header: Header, data: bytes) -> ModelIdentity:
     return ModelIdentity(header.architecture, header.tensors, sketch)
 
 
-def _encode(positions: Mapping[str, Positions], identity: ModelIdentity, granularity: Granularity) -> bytes:
+def _per_tensor(positions: Mapping[str, Positions], identity: ModelIdentity) -> list[Positions]:
+    """One array for each of the identity's tensors, empty where `positions` names none."""
     unknown = positions.keys() - {tensor.name for tensor in identity.tensors}
     if unknown:
         raise CodecError(f"tensor {short(min(unknown))} is not among the model's {len(identity.tensors)}")
@@ -92,8 +103,12 @@ def _encode(positions: Mapping[str, Positions], identity: ModelIdentity, granula
     if empty:
         raise CodecError(f"tensor {short(empty[0])} is listed without positions; leave it out")
     none = np.zeros(0, dtype=np.uint32)
-    units = units_per_tensor(identity.tensors, granularity)
-    return encode_positions(units, [positions.get(tensor.name, none) for tensor in identity.tensors])
+    return [positions.get(tensor.name, none) for tensor in identity.tensors]
+
+
+def _row_shapes(tensors: Sequence[TensorShape]) -> list[tuple[int, int]]:
+    """Rows and groups per row; no groups where the columns do not divide into them."""
+    return [(t.n_rows, 0 if t.n_columns % GROUP_SIZE else t.n_columns // GROUP_SIZE) for t in tensors]
 
 
 def _explained(error: CodecError, tensors: Sequence[TensorShape]) -> str:

@@ -38,7 +38,8 @@ from persona_edge.pack_errors import (
     PackVersionError,
 )
 
-GOLDEN = Path(__file__).parent / "golden" / "v1.maskpack"
+GOLDEN_1 = Path(__file__).parent / "golden" / "v1.maskpack"
+GOLDEN = Path(__file__).parent / "golden" / "v2.maskpack"
 Header = dict[str, Any]
 Edit = Callable[[Header], object]
 
@@ -58,7 +59,7 @@ def forged(edit: Callable[[Header], object], sections: bytes | None = None) -> b
     return sealed(spelled, data[end:] if sections is None else sections)
 
 
-def sealed(header: bytes, sections: bytes = b"", version: int = 1) -> bytes:
+def sealed(header: bytes, sections: bytes = b"", version: int = 2) -> bytes:
     return (
         b"\x89MPK\r\n\x1a\n"
         + struct.pack("<II", version, len(header))
@@ -108,15 +109,26 @@ def section_bytes(index: int) -> bytes:
     return golden()[section.offset : section.offset + section.n_bytes]
 
 
-def position_out_of_range() -> bytes:
-    """Section I/0 with the last gap of output.weight one longer.
+def row_out_of_range() -> bytes:
+    """The golden pack with plane I/0's last row of output.weight, 95, one further: its lowest bit is bit 21."""
+    section = bytearray(section_bytes(1))
+    section[21 // 8] |= 1 << 21 % 8
+    return section_replaced(1, bytes(section))
+
+
+def position_out_of_range_in_version_1() -> bytes:
+    """The golden pack of version 1 with plane I/0's last gap of output.weight one longer.
 
     Its bytes: count exponents, count fields, then 3 remainders of 5 bits and 2 of 6. The last remainder begins at bit
     21 of these and is 62, for position 191 = 2 * 64 + 62 + 1; its lowest bit makes it 192.
     """
-    section = bytearray(section_bytes(1))
-    section[2 + 21 // 8] |= 1 << 21 % 8
-    return bytes(section)
+    data = bytearray(GOLDEN_1.read_bytes())
+    section = MaskPack.open(GOLDEN_1).sections()[1]
+    data[section.offset + 2 + 21 // 8] |= 1 << 21 % 8
+    header = data[PREAMBLE_SIZE : front_size(bytes(data))]
+    digest = hashlib.sha256(data[section.offset : section.offset + section.n_bytes]).hexdigest()
+    header = header.replace(section.sha256.encode(), digest.encode())
+    return sealed(bytes(header), bytes(data[front_size(bytes(data)) :]), version=1)
 
 
 GATE = ("poles", 0, "planes", 0, "gate")
@@ -143,7 +155,7 @@ BAD_HEADERS: dict[type[PackError], dict[str, tuple[str, Edit]]] = {
         "bad digest": ("64 lower-case", put("sections", 1, "sha256", value="A" * 64)),
         "unknown kind": ("do not match the poles", put("sections", 1, "kind", value="code")),
         "section of another name": ("do not match the poles", put("sections", 1, "name", value="X/0")),
-        "section missing": ("4 found, 5 expected", lambda h: h["sections"].pop()),
+        "section missing": ("5 found, 6 expected", lambda h: h["sections"].pop()),
         "plane in the wrong section": (
             "plane 0 of pole 'I' is section 2, it has to be 1",
             put(*PLANE, "section", value=2),
@@ -151,7 +163,7 @@ BAD_HEADERS: dict[type[PackError], dict[str, tuple[str, Edit]]] = {
         "sketch in the wrong section": ("has to be section 0", put("sketch", "section", value=1)),
     },
     PackTruncatedError: {
-        "length of exabytes": (r"ends after \d+ of 9007199254\d+ bytes", put("sections", 4, "length", value=2**53)),
+        "length of exabytes": (r"ends after \d+ of 9007199254\d+ bytes", put("sections", 5, "length", value=2**53)),
     },
     PackIdentityError: {
         "no architecture": ("architecture: the name ''", put("architecture", value="")),
@@ -159,7 +171,7 @@ BAD_HEADERS: dict[type[PackError], dict[str, tuple[str, Edit]]] = {
         "tensor twice": ("listed twice", lambda h: h["tensors"].append(["output.weight", 96, 64])),
     },
     PackCompositionError: {
-        "no personas": ("3 poles and 0 personas", put("personas", value=[])),
+        "no personas": ("4 poles and 0 personas", put("personas", value=[])),
         "no poles": ("0 poles", put("poles", value=[])),
         "persona of an unknown pole": (
             "persona 'IN' names pole 'Q', which the pack has not",
@@ -189,17 +201,17 @@ BAD_HEADERS: dict[type[PackError], dict[str, tuple[str, Edit]]] = {
     PackPlaneError: {
         "granularity 16": ("granularity 16", put(*PLANE, "granularity", value=16)),
         "granularity true": ("granularity True", put(*PLANE, "granularity", value=True)),
-        "plane without positions": ("plane 0 of pole 'I' has 0 of 704 positions", put(*PLANE, "positions", value=0)),
-        "more positions than units": ("has 705 of 704 positions", put(*PLANE, "positions", value=705)),
+        "plane without positions": ("plane 0 of pole 'I' has 0 of 12704 positions", put(*PLANE, "positions", value=0)),
+        "more positions than units": ("has 12705 of 12704 positions", put(*PLANE, "positions", value=12705)),
         "another number of positions": (
-            "section 'I/0' at byte \\d+: the counts do not add up to 6",
+            "section 'I/0' at byte \\d+: 5 positions where 6 were announced",
             put(*PLANE, "positions", value=6),
         ),
         "other granularity": ("section 'I/0' at byte", put(*PLANE, "granularity", value=1)),
     },
     PackSketchError: {
-        "sketch without samples": ("0 samples of 22528 weights", put("sketch", "positions", value=0)),
-        "sketch with more samples than weights": ("22529 samples", put("sketch", "positions", value=22529)),
+        "sketch without samples": ("0 samples of 406528 weights", put("sketch", "positions", value=0)),
+        "sketch with more samples than weights": ("406529 samples", put("sketch", "positions", value=406529)),
     },
 }
 BAD_BYTES: dict[type[PackError], dict[str, tuple[str, Callable[[], bytes]]]] = {
@@ -214,7 +226,8 @@ BAD_BYTES: dict[type[PackError], dict[str, tuple[str, Callable[[], bytes]]]] = {
         "section cut": (r"ends after \d+ of \d+ bytes", lambda: golden()[:-1]),
     },
     PackVersionError: {
-        "version 2": ("version 2, this reader knows version 1", lambda: sealed(b"{}", version=2)),
+        "version 0": ("version 0, this reader knows versions 1 and 2", lambda: sealed(b"{}", version=0)),
+        "version 3": ("version 3, this reader knows versions 1 and 2", lambda: sealed(b"{}", version=3)),
     },
     PackHeaderTooLargeError: {
         "huge header": (
@@ -224,7 +237,7 @@ BAD_BYTES: dict[type[PackError], dict[str, tuple[str, Callable[[], bytes]]]] = {
     },
     PackChecksumError: {
         "header checksum": ("the header is damaged", lambda: golden().replace(b"llama", b"lIama")),
-        "section checksum": ("section 'N/0' at byte \\d+ is damaged", lambda: golden()[:-1] + b"\x55"),
+        "section checksum": ("section 'S/0' at byte \\d+ is damaged", lambda: golden()[:-1] + b"\x55"),
     },
     PackHeaderMalformedError: {
         "not UTF-8": ("not JSON in UTF-8", lambda: sealed(b'{"a":"\xff"}')),
@@ -252,8 +265,9 @@ BAD_BYTES: dict[type[PackError], dict[str, tuple[str, Callable[[], bytes]]]] = {
     },
     PackPlaneError: {
         "empty plane section": ("section 'I/0' at byte", lambda: section_replaced(1, b"")),
-        "plane with a byte more": ("bits after the quotients", lambda: section_replaced(1, section_bytes(1) + b"\0")),
-        "position out of range": ("position 192 of 192 units", lambda: section_replaced(1, position_out_of_range())),
+        "plane with a byte more": ("bits after the last part", lambda: section_replaced(1, section_bytes(1) + b"\0")),
+        "row out of range": ("section 'I/0' at byte \\d+: a set has the member 96 of 96", row_out_of_range),
+        "position out of range in version 1": ("position 192 of 192 units", position_out_of_range_in_version_1),
     },
     PackSketchError: {
         "empty sketch section": ("too few for 172 signs", lambda: section_replaced(0, b"")),
@@ -338,7 +352,7 @@ UNWRITABLE: dict[type[PackError], dict[str, tuple[str, Callable[[], PersonaSet]]
     PackPlaneError: {
         "unknown tensor": ("tensor 'x' is not among", lambda: with_plane(Plane(0.0, {"x": ONE}))),
         "no positions": ("leave it out", lambda: with_plane(Plane(0.0, {OUTPUT: NONE}))),
-        "empty plane": ("0 of 704 positions", lambda: with_plane(Plane(0.0, {}))),
+        "empty plane": ("plane 0 of pole 'I': no positions", lambda: with_plane(Plane(0.0, {}))),
         "not ascending": (
             "plane 0 of pole 'I': 'output.weight': positions are not strictly ascending",
             lambda: with_plane(Plane(0.0, {OUTPUT: np.array([2, 2], dtype=np.uint32)})),

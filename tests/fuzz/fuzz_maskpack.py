@@ -1,6 +1,6 @@
 """Fuzz target: whatever the bytes, reading a pack succeeds or raises PackError.
 
-With atheris: `python tests/fuzz/fuzz_maskpack.py CORPUS_FOLDER`. Without it: mutates the golden pack N times
+With atheris: `python tests/fuzz/fuzz_maskpack.py CORPUS_FOLDER`. Without it: mutates the golden packs N times
 (`python tests/fuzz/fuzz_maskpack.py 100000`), half of the time with every checksum put right again.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from persona_edge.errors import PackError
 from persona_edge.maskpack import PREAMBLE_SIZE, MaskPack
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "v1.maskpack"
+GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("*.maskpack"))
 
 
 def fuzz(data: bytes) -> bool:
@@ -63,9 +63,10 @@ def main() -> None:
         atheris.instrument_all()
         atheris.Setup(sys.argv, fuzz)
         atheris.Fuzz()
-    golden, rng = GOLDEN.read_bytes(), random.Random(0)
+    packs, rng = [path.read_bytes() for path in GOLDEN], random.Random(0)
     n = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
-    print(f"{sum(fuzz(mutated(golden, rng)) for _ in range(n))} of {n} mutated packs are valid, no unexpected error")
+    n_valid = sum(fuzz(mutated(packs[i % len(packs)], rng)) for i in range(n))
+    print(f"{n_valid} of {n} mutated packs are valid, no unexpected error")
 
 
 if __name__ == "__main__":
