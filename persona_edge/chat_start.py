@@ -14,7 +14,9 @@ from persona_edge.chat_values import BASE
 from persona_edge.downloads import Progress, silent
 from persona_edge.errors import InputError, ModelMismatchError, PackError
 from persona_edge.find_packs import FoundPack, find_pack, open_pack
+from persona_edge.runtime.placement import WeightsMode
 from persona_edge.runtime.session import PersonaRuntime
+from persona_edge.runtime.values import KvPolicy
 
 __all__ = ["ChatModel", "open_chat_model"]
 
@@ -46,6 +48,8 @@ def open_chat_model(
     look_for_pack: bool = True,
     n_ctx: int = 4096,
     n_threads: int | None = None,
+    weights: WeightsMode = "auto",
+    kv: KvPolicy = "reprefill",
     progress: Progress = silent,
 ) -> ChatModel:
     """Load `model` with the pack that holds every persona of `wanted` (`base` needs none).
@@ -58,19 +62,30 @@ def open_chat_model(
     personas = [name for name in wanted if name.casefold() != BASE]
     found, why_none = _choose(path, model, pack, personas, look_for_pack)
     progress(f"loading {path.name}", 0, None)
-    if found is None or personas or pack is not None:
-        runtime = PersonaRuntime.open(path, found.pack if found else None, n_ctx=n_ctx, n_threads=n_threads)
-        notes = () if found is None or found.note is None else (found.note,)
-        return ChatModel(runtime, path, found, notes, why_none)
-    runtime = PersonaRuntime.open(path, n_ctx=n_ctx, n_threads=n_threads)
-    try:  # a pack that nobody asked for is no reason not to talk to the model
-        runtime.attach(found.pack)
-    except (PackError, ModelMismatchError) as error:
-        return ChatModel(runtime, path, None, (f"{found.path.name} was left out: {error}",), str(error))
+    runtime = PersonaRuntime.open(path, n_ctx=n_ctx, n_threads=n_threads, weights=weights, kv=kv)
+    try:
+        return _attached(runtime, path, found, why_none, must_fit=bool(personas) or pack is not None)
     except BaseException:
         runtime.close()
         raise
-    return ChatModel(runtime, path, found, () if found.note is None else (found.note,), why_none)
+
+
+def _attached(
+    runtime: PersonaRuntime, path: Path, found: FoundPack | None, why_none: str, *, must_fit: bool
+) -> ChatModel:
+    """`runtime` with the pack that was found."""
+    placement = runtime.placement
+    notes = (f"weights {placement.text}",) if placement.is_fallback else ()
+    if found is None:
+        return ChatModel(runtime, path, None, notes, why_none)
+    try:
+        runtime.attach(found.pack)
+    except (PackError, ModelMismatchError) as error:
+        if must_fit:
+            raise
+        # a pack that nobody asked for is no reason not to talk to the model
+        return ChatModel(runtime, path, None, (*notes, f"{found.path.name} was left out: {error}"), str(error))
+    return ChatModel(runtime, path, found, notes if found.note is None else (*notes, found.note), why_none)
 
 
 def _choose(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from persona_edge.chat_values import BASE, Answer, Speaker, Switch, speaker_name
 from persona_edge.errors import PersonaNotFoundError
 from persona_edge.masks import match_name
-from persona_edge.runtime.values import Completion
+from persona_edge.runtime.values import Completion, KvPolicy
 from persona_edge.terminal_text import bytes_text, display_width, duration_text
 
 __all__ = [
@@ -39,7 +39,8 @@ HELP = """\
 
 Ctrl-C during an answer stops the answer. A switch edits the weights in place
 and keeps the conversation's text; the new persona reads it anew before it
-answers (the KV cache is rebuilt): that is what the first token waits for."""
+answers (the KV cache is rebuilt; --kv can change that): that is what the first
+token waits for."""
 
 
 def completions(before: str, word: str, commands: Iterable[str], names: Iterable[str]) -> list[str]:
@@ -97,13 +98,20 @@ def switch_text(switch: Switch) -> str:
     )
 
 
+_WAITED_FOR: Mapping[KvPolicy, str] = {
+    "reprefill": "reading the conversation anew",
+    "snapshot": "reading what this persona had not read yet",
+    "keep": "nothing else: it goes on from what the one before it read",
+}
+
+
 def stats_text(active: Speaker, strength: float, switch: Switch | None, answer: Answer | None, n_ctx: int) -> str:
     """What /stats prints. Speeds are of the last answer; the context is what it and all before it take."""
     rows = [("persona", speaker_name(active) + (f" at strength {strength:g}" if active is not None else ""))]
     rows.append(("last switch", "none yet" if switch is None else switch_text(switch)))
     if switch is not None and switch.report.seconds_to_first_token is not None:
         waited = duration_text(switch.report.seconds_to_first_token)
-        rows.append(("", f"first token after {waited}: the switch, and reading the conversation anew"))
+        rows.append(("", f"first token after {waited}: the switch, and {_WAITED_FOR[switch.report.kv]}"))
     rows.append(("last answer", "none yet" if answer is None else answer_text(answer)))
     completion = answer.completion if answer is not None else None
     used = 0 if completion is None else completion.n_prompt_tokens + completion.n_tokens

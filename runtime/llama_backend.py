@@ -17,7 +17,7 @@ import itertools
 import math
 import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace, TracebackType
 from typing import Self
 
@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from persona_edge.errors import GenerationError, InputError
+from persona_edge.runtime.kv_cache import CacheState, common_beginning
 from persona_edge.runtime.llama_vocabulary import Vocabulary
 from persona_edge.runtime.llama_weights import LlamaModel
 from persona_edge.runtime.values import SamplingOptions
@@ -59,6 +60,7 @@ class LlamaBackend:
         self._ends: list[int] = []  # where evaluated batches ended, ascending
         self._cache_is_known = True
         self._ticket = 0
+        self.recall: Callable[[Sequence[int]], None] | None = None  # may load an earlier state that fits a new prompt
 
     def _make_context(self, n_ctx: int) -> int:
         params = self._api.llama_context_default_params()
@@ -92,6 +94,8 @@ class LlamaBackend:
         """
         kept = len(tokens) - 1
         if ticket is None or ticket != self._ticket or kept != len(self._tokens) or not self._cache_is_known:
+            if self.recall is not None:
+                self.recall(tokens)
             kept = self._keep_beginning_of(tokens)
         self._ticket += 1
         for start in range(kept, len(tokens), _BATCH):
@@ -169,6 +173,25 @@ class LlamaBackend:
         self._api.llama_memory_clear(self._memory, False)
         self._cache_is_known = True
 
+    def save_state(self) -> CacheState | None:
+        """A copy of the cache; None when it is empty, or llama.cpp cannot copy it."""
+        if not self._tokens or not self._cache_is_known:
+            return None
+        data = np.empty(self._api.llama_state_seq_get_size(self._handle, 0), np.uint8)
+        n_bytes = self._api.llama_state_seq_get_data(self._handle, data.ctypes.data, data.nbytes, 0)
+        return CacheState(tuple(self._tokens), tuple(self._ends), data) if n_bytes == data.nbytes else None
+
+    def load_state(self, state: CacheState) -> None:
+        """Replace the cache by `state`, which the present weights must have computed; by nothing when that fails."""
+        self.clear()
+        self._cache_is_known = False
+        data = state.data
+        if self._api.llama_state_seq_set_data(self._handle, data.ctypes.data, data.nbytes, 0):
+            self._tokens, self._ends = list(state.tokens), list(state.ends)
+            self._cache_is_known = True
+        else:
+            self.clear()
+
     def close(self) -> None:
         """Free the context, not the model. Using the backend afterwards raises GenerationError."""
         self._context = None
@@ -187,12 +210,12 @@ class LlamaBackend:
 
     def _keep_beginning_of(self, tokens: Sequence[int]) -> int:
         """Drop what `tokens` does not begin with from the cache; returns how many tokens stay, fewer than given."""
-        n_common = _common_beginning(self._tokens, tokens[:-1])
+        n_common = common_beginning(self._tokens, tokens[:-1])
         return self._keep(bisect.bisect_right(self._ends, n_common))
 
     def _keep_batches_of(self, tokens: Sequence[int]) -> int:
         """As `_keep_beginning_of`, but only batches that `tokens` alone would have made; maybe all of them."""
-        n_common = _common_beginning(self._tokens, tokens)
+        n_common = common_beginning(self._tokens, tokens)
         ends = [*range(_BATCH, len(tokens), _BATCH), len(tokens)]
         same = (found == wanted <= n_common for found, wanted in zip(self._ends, ends, strict=False))
         return self._keep(sum(itertools.takewhile(bool, same)))
@@ -312,13 +335,6 @@ def _cpu_quota() -> int:
         return max(1, math.ceil(int(quota) / int(period)))
     except (OSError, ValueError):
         return 1 << 16
-
-
-def _common_beginning(cached: Sequence[int], wanted: Sequence[int]) -> int:
-    shorter = min(len(cached), len(wanted))
-    if cached[:shorter] == wanted[:shorter]:
-        return shorter
-    return next(i for i in range(shorter) if cached[i] != wanted[i])
 
 
 def _decode_failure(code: int, n_tokens: int, n_ctx: int) -> str:

@@ -7,7 +7,7 @@
 
 A switch edits the weights in this process's memory: everything generated from this object follows, in all threads. Keys
 and values computed with the old weights would contaminate the new persona, so a switch that changes weights empties
-the KV cache, and the next generation evaluates its prompt again.
+the KV cache, and the next generation evaluates its prompt again (`kv_cache` has the alternatives).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -32,15 +32,16 @@ from persona_edge.runtime.chat_template import ChatTemplate
 from persona_edge.runtime.dequantize import dequantize
 from persona_edge.runtime.fair_lock import FairLock
 from persona_edge.runtime.generation import generate_pieces
+from persona_edge.runtime.kv_cache import KvKeeper
 from persona_edge.runtime.llama_backend import LlamaBackend
 from persona_edge.runtime.llama_weights import LlamaModel, find_tensors, weights_digest
 from persona_edge.runtime.placement import Placement, WeightsMode
 from persona_edge.runtime.probabilities import log_p_of_targets, log_softmax
 from persona_edge.runtime.switcher import PersonaProgram, Switcher, WeightTensor, compile_program
-from persona_edge.runtime.values import Completion, FinishReason, Message, SamplingOptions, SwitchReport
+from persona_edge.runtime.values import Completion, FinishReason, KvPolicy, Message, SamplingOptions, SwitchReport
 from persona_edge.sketch import check_identity
 
-__all__ = ["Completion", "FinishReason", "Message", "PersonaRuntime", "SamplingOptions", "SwitchReport"]
+__all__ = ["Completion", "FinishReason", "KvPolicy", "Message", "PersonaRuntime", "SamplingOptions", "SwitchReport"]
 
 _PROGRAMS_KEPT = 32
 _DEFAULT_OPTIONS = SamplingOptions()
@@ -53,9 +54,12 @@ class PersonaRuntime:
     After `close` every method raises GenerationError.
     """
 
-    def __init__(self, model: LlamaModel, backend: LlamaBackend, seed: int) -> None:
+    def __init__(
+        self, model: LlamaModel, backend: LlamaBackend, seed: int, kv: KvPolicy = "reprefill", kv_megabytes: int = 256
+    ) -> None:
         """Takes over `model` and `backend` and closes them; `open` is the usual way."""
         self._model, self._backend, self._seed = model, backend, seed
+        self._kv = KvKeeper(backend, kv, kv_megabytes)
         self._lock = FairLock()
         self._tensors = find_tensors(model)
         vocabulary = backend.vocabulary
@@ -79,21 +83,25 @@ class PersonaRuntime:
         seed: int = 0,
         weights: WeightsMode = "auto",
         library: str | os.PathLike[str] | None = None,
+        kv: KvPolicy = "reprefill",
+        kv_megabytes: int = 256,
     ) -> Self:
         """Load the GGUF file `model` and attach `pack` if given. Nothing is written to the weights yet.
 
         `n_ctx` is capped at what the model was trained for; `n_threads` None takes the physical cores. The seed makes
         a whole session repeatable. `weights` says where they lie: "heap", "mmap" (the file, mapped copy-on-write), or
         "auto", whichever is better. `library` is the path of a libllama to use instead of the installed one, as is the
-        environment's PERSONA_EDGE_LIBLLAMA; a process can use one. Raises InputError, ModelNotFoundError,
-        ModelFileError, UnsupportedModelError, WeightAccessError, MissingDependencyError, and what `attach` raises.
+        environment's PERSONA_EDGE_LIBLLAMA; a process can use one. `kv` says what becomes of the KV cache when the
+        weights change, and `kv_megabytes` what its snapshots may take in all (`kv_cache`). Raises InputError,
+        ModelNotFoundError, ModelFileError, UnsupportedModelError, WeightAccessError, MissingDependencyError, and what
+        `attach` raises.
         """
         with ExitStack() as on_failure:
             loaded = LlamaModel(model, weights=weights, library=library)
             on_failure.callback(loaded.close)
             backend = LlamaBackend(loaded, n_ctx=n_ctx, n_threads=n_threads)
             on_failure.callback(backend.close)
-            runtime = cls(loaded, backend, seed)
+            runtime = cls(loaded, backend, seed, kv, kv_megabytes)
             if pack is not None:
                 runtime.attach(pack)
             on_failure.pop_all()
@@ -111,6 +119,7 @@ class PersonaRuntime:
             if self._persona is not None:
                 self._edit(None, None, 0.0)
             self._attached = _Attached(opened, self._model.architecture, self._tensors)
+            self._kv.forget_personas()
 
     @property
     def personas(self) -> tuple[str, ...]:
@@ -252,21 +261,29 @@ class PersonaRuntime:
         """Apply `program`, or restore base for None; the KV cache and the state follow. The caller holds the lock."""
         started = perf_counter()
         n_units = n_bytes = 0
+        edited_at = started
         if self._attached is not None:
             self._attached.check(program)
             try:
                 n_units, n_bytes = self._attached.write(program)
+                edited_at = perf_counter()
                 if n_units:
-                    self._backend.clear()
+                    self._kv.weights_changed((persona, strength) if strength else (None, 0.0))
             except BaseException:
                 self._attached.write(None)
                 self._persona, self._strength = None, 0.0
-                self._backend.clear()
+                self._kv.forget()
                 raise
         self._persona, self._strength = persona, strength
-        report = SwitchReport(persona, strength, n_units, n_bytes, perf_counter() - started)
+        seconds, kv_seconds = edited_at - started, perf_counter() - edited_at
+        report = SwitchReport(persona, strength, n_units, n_bytes, seconds, kv=self._kv.policy, kv_seconds=kv_seconds)
         self._last_switch = report
         return report
+
+    @cached_property
+    def _kv(self) -> KvKeeper:
+        """What the KV cache does at a switch, unless the constructor said so: it is emptied."""
+        return KvKeeper(self._backend)
 
     def _rendered(self, messages: Sequence[Message], options: SamplingOptions) -> tuple[list[int], SamplingOptions]:
         prompt = self._template.render(messages)
@@ -292,7 +309,8 @@ class PersonaRuntime:
     def _complete_last_switch(self, seconds_to_first_token: float) -> None:
         switch = self._last_switch
         if switch is not None and switch.seconds_to_first_token is None:
-            self._last_switch = replace(switch, seconds_to_first_token=switch.seconds + seconds_to_first_token)
+            waited = switch.seconds + switch.kv_seconds + seconds_to_first_token
+            self._last_switch = replace(switch, seconds_to_first_token=waited)
 
     def _check_open(self) -> None:
         if not self._is_open:

@@ -8,7 +8,10 @@ from typing import Literal, TypedDict
 
 from persona_edge.errors import InputError
 
-__all__ = ["Completion", "FinishReason", "Message", "SamplingOptions", "SwitchReport"]
+__all__ = ["Completion", "FinishReason", "KvPolicy", "Message", "SamplingOptions", "SwitchReport"]
+
+KvPolicy = Literal["reprefill", "snapshot", "keep"]
+"""What becomes of the KV cache when the weights change (`kv_cache`)."""
 
 FinishReason = Literal["stop", "length", "context"]
 """Why a text ended: the model or a stop string ended it, `max_tokens` was reached, or the context is full."""
@@ -75,8 +78,9 @@ class Completion:
 class SwitchReport:
     """What a switch did. `persona` None is the unmodified model; `seconds` is the time to edit the weights.
 
-    `seconds_to_first_token` is what the user waits in all: the weight switch plus evaluating the prompt again up to the
-    first token. It is None until the next generation has got there; `PersonaRuntime.last_switch` then has it.
+    `kv` says what became of the KV cache, `kv_seconds` how long that took (putting a snapshot aside).
+    `seconds_to_first_token` is what the user waits in all: these two plus what is evaluated, or recalled, of the prompt
+    up to the first token. It is None until the next generation has got there; `PersonaRuntime.last_switch` then has it.
     """
 
     persona: str | None
@@ -85,3 +89,5 @@ class SwitchReport:
     n_bytes_written: int
     seconds: float
     seconds_to_first_token: float | None = None
+    kv: KvPolicy = "reprefill"
+    kv_seconds: float = 0.0

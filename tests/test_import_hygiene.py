@@ -60,7 +60,7 @@ def test_all_names_exist() -> None:
     modules = [
         *("chat_template", "fair_lock", "generation", "llama_backend", "llama_library", "llama_vocabulary"),
         *("llama_api", "llama_files", "llama_find", "llama_lookup", "llama_mapping", "llama_structs", "llama_weights"),
-        *("older_glibc", "placement", "session", "text_stream", "values"),
+        *("kv_cache", "older_glibc", "placement", "session", "text_stream", "values"),
     ]
     code = f"""
 import importlib

@@ -6,11 +6,16 @@ import secrets
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from persona_edge.catalogue_entries import DEFAULT_MODEL
 from persona_edge.cli.progress import ProgressLine
+
+if TYPE_CHECKING:
+    from persona_edge.runtime.placement import WeightsMode
+    from persona_edge.runtime.values import KvPolicy
 
 __all__ = ["chat"]
 
@@ -31,6 +36,20 @@ __all__ = ["chat"]
 @click.option("--seed", type=int, help="Makes the answers repeatable.")
 @click.option("--threads", type=int, help="CPU threads.  [default: the physical cores]")
 @click.option("--context", "n_ctx", default=4096, show_default=True, help="Tokens that question and history may have.")
+@click.option(
+    "--kv",
+    type=click.Choice(["reprefill", "snapshot", "keep"]),
+    default="reprefill",
+    show_default=True,
+    help="After a switch: read the conversation anew, keep a copy for the persona's return, or go on (approximate).",
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["auto", "heap", "mmap"]),
+    default="auto",
+    show_default=True,
+    help="Where the weights lie: copied to memory, or in the mapped file.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object per answer, one per line.")
 @click.pass_context
 def chat(
@@ -49,6 +68,8 @@ def chat(
     seed: int | None,
     threads: int | None,
     n_ctx: int,
+    kv: KvPolicy,
+    weights: WeightsMode,
     as_json: bool,
 ) -> None:
     """Talk to a model and switch its persona as you go.
@@ -73,6 +94,8 @@ def chat(
             look_for_pack=not messages,
             n_ctx=n_ctx,
             n_threads=threads,
+            weights=weights,
+            kv=kv,
             progress=progress,
         )
     with opened.runtime as runtime:
