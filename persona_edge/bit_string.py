@@ -88,7 +88,9 @@ class BitReader:
         if len(ones) < n:
             raise CodecError(f"only {len(ones)} of {n} unary numbers end where they must")
         self._at += int(ones[-1]) + 1 if n else 0
-        return np.diff(ones.astype(np.int64), prepend=-1) - 1
+        zeros = ones.astype(np.int64)
+        zeros[1:] -= ones[:-1] + 1
+        return zeros
 
     def bounded(self, limit: int) -> int:
         """A number from 0 to `limit`."""
