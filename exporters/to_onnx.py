@@ -2,7 +2,7 @@
 
 The conversion is done by onnxruntime-genai's model builder: int4 in blocks of 32 (a block is then a pack's group), with
 fused attention and a KV cache, the tokenizer's files beside it. The builder runs in a process of its own, so that its
-memory and its output stay there. The folder appears under its name when it is complete and was read back, or not at all.
+memory and its output stay there. The folder appears under its name once complete and read back, or not at all.
 """
 
 from __future__ import annotations

@@ -24,7 +24,16 @@ from persona_edge.masks import GROUP_SIZE, TensorShape
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["CONFIG_NAME", "OnnxMatrix", "OnnxModel", "OnnxWeight", "StoredTensor", "find_onnx", "read_onnx_model"]
+__all__ = [
+    "CONFIG_NAME",
+    "OnnxMatrix",
+    "OnnxModel",
+    "OnnxWeight",
+    "StoredTensor",
+    "find_onnx",
+    "output_matrix",
+    "read_onnx_model",
+]
 
 CONFIG_NAME: Final = "genai_config.json"
 
@@ -175,6 +184,17 @@ def read_onnx_model(path: Path) -> OnnxModel:
     return OnnxModel(found, architecture, dict(sorted(weights.items(), key=_by_block)), config)
 
 
+def output_matrix(model: OnnxModel) -> OnnxMatrix | None:
+    """The matrix of the last layer, often the embedding too, which no mask touches; None where it has no known name."""
+    graph = _read_graph(model.path)
+    initializers = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        is_product = node.op_type in ("MatMulNBits", "MatMul") and "lm_head" in node.name
+        if is_product and node.input[1] in initializers:
+            return _matrix(node, initializers, model.folder)
+    return None
+
+
 def _by_block(item: tuple[str, OnnxWeight]) -> tuple[int, str]:
     return int(item[0].split(".")[1]), item[0]
 
@@ -190,8 +210,8 @@ class _Heads:
     def of(cls, config: Mapping[str, Any], *, permuted: bool) -> _Heads:
         decoder = _decoder(config)
         try:
-            counts = (decoder["num_attention_heads"], decoder["num_key_value_heads"], decoder["head_size"])
-            return cls(*(int(count) for count in counts), permuted=permuted)
+            n_query, n_key = int(decoder["num_attention_heads"]), int(decoder["num_key_value_heads"])
+            return cls(n_query, n_key, int(decoder["head_size"]), permuted)
         except (KeyError, TypeError, ValueError) as error:
             raise ModelFileError(f"{CONFIG_NAME} lacks {error}; export the model again") from None
 

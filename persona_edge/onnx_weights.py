@@ -35,7 +35,8 @@ def weights_at(weight: OnnxWeight, positions: NDArray[np.integer]) -> NDArray[np
     scales = matrix.scales.read().reshape(matrix.n_rows, -1)[row, block].astype(np.float32)
     zeros = zeros_of(matrix)
     zero = zeros if isinstance(zeros, int) else zeros[row, block]
-    return scales * (codes_at(matrix, row, column).astype(np.float32) - zero)
+    values: NDArray[np.float32] = scales * (codes_at(matrix, row, column).astype(np.float32) - zero)
+    return values
 
 
 def codes_at(matrix: OnnxMatrix, row: NDArray[np.int64], column: NDArray[np.int64]) -> NDArray[np.uint8]:

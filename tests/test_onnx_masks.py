@@ -50,12 +50,12 @@ def _program(gate: float, granularity: Granularity, positions: list[int]) -> Per
 def _masked(weight: OnnxWeight, program: PersonaProgram) -> NDArray[np.float32]:
     changed = masked_initializers(program, {weight.name: weight})
     matrix = weight.matrix
-    parts = {
-        part: _inline(stored.name, changed.get(stored.name, stored.read()))
-        for part in ("codes", "scales", "zero_points")
-        if (stored := getattr(matrix, part)) is not None
-    }
-    return dequantize_weight(replace(weight, matrix=replace(matrix, **parts)))
+
+    def after(stored: StoredTensor) -> StoredTensor:
+        return _inline(stored.name, changed.get(stored.name, stored.read()))
+
+    scales = None if matrix.scales is None else after(matrix.scales)
+    return dequantize_weight(replace(weight, matrix=replace(matrix, codes=after(matrix.codes), scales=scales)))
 
 
 @pytest.mark.parametrize("gate", [0.0, 0.5, 1.5, -1.0])
