@@ -48,8 +48,8 @@ class BuildSettings:
     granularity: Granularity = 32
     suppress_gate: float = 0.0
     amplify_gate: float | None = None
-    max_perplexity_ratio: float | None = 1.015
-    max_chat_kl: float | None = 0.15
+    max_perplexity_ratio: float | None = 1.019
+    max_chat_kl: float | None = 0.19
     budget: float | None = None
     density: float | None = None
     include: Sequence[str] = field(default=())

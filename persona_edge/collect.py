@@ -52,7 +52,7 @@ class Focus:
     toward: Literal[1, -1]
     enough: float = 0.5
     sharpness: float = 2.0
-    own: float = 2.0
+    own: float = 1.25
 
     def weights(self, margins: torch.Tensor) -> torch.Tensor:
         """The weight of each contrast, (n_contrasts,), from margins in nats per token."""
