@@ -6,7 +6,7 @@ What can be known to be wrong is found before the model is loaded.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from persona_edge.catalogue import resolve_model
@@ -49,6 +49,7 @@ def open_chat_model(
     n_ctx: int = 4096,
     n_threads: int | None = None,
     weights: WeightsMode = "auto",
+    n_gpu_layers: int = 0,
     kv: KvPolicy = "reprefill",
     progress: Progress = silent,
 ) -> ChatModel:
@@ -62,9 +63,13 @@ def open_chat_model(
     personas = [name for name in wanted if name.casefold() != BASE]
     found, why_none = _choose(path, model, pack, personas, look_for_pack)
     progress(f"loading {path.name}", 0, None)
-    runtime = PersonaRuntime.open(path, n_ctx=n_ctx, n_threads=n_threads, weights=weights, kv=kv)
+    runtime = PersonaRuntime.open(
+        path, n_ctx=n_ctx, n_threads=n_threads, weights=weights, n_gpu_layers=n_gpu_layers, kv=kv
+    )
+    no_gpu = ("this llama.cpp finds no GPU: all layers are on the CPU",) if n_gpu_layers and not runtime.has_gpu else ()
     try:
-        return _attached(runtime, path, found, why_none, must_fit=bool(personas) or pack is not None)
+        opened = _attached(runtime, path, found, why_none, must_fit=bool(personas) or pack is not None)
+        return replace(opened, notes=no_gpu + opened.notes)
     except BaseException:
         runtime.close()
         raise

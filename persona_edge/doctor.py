@@ -182,7 +182,7 @@ def check_libllama(probe: ProbeResult) -> Check:
         what, _, remedy = str(problem).rpartition("; ")
         return Check("libllama", "fail", what or remedy, remedy)
     way = "by name" if probe.values.get("direct") else "by watching one evaluation (no get_tensor symbol)"
-    gpu = ", built with GPU support" if probe.values.get("gpu") else ""
+    gpu = "; --gpu-layers can use a GPU" if probe.values.get("gpu") else ""
     return Check("libllama", "ok", f"{probe.values.get('path')}, tensors are found {way}{gpu}")
 
 

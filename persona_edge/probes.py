@@ -30,7 +30,7 @@ else:
         "name": library.name,
         "path": str(library.path),
         "direct": library.get_tensor is not None,
-        "gpu": bool(library.api.llama_supports_gpu_offload()),
+        "gpu": library.has_gpu,
     }))
 """
 

@@ -67,7 +67,7 @@ class LlamaBackend:
         params.n_ctx = min(n_ctx, self._api.llama_model_n_ctx_train(self._model.handle))
         params.n_batch = params.n_ubatch = _BATCH
         params.n_threads = params.n_threads_batch = self.n_threads
-        params.offload_kqv = params.op_offload = False
+        params.offload_kqv = params.op_offload = self._model.n_gpu_layers > 0
         params.no_perf = True
         params.swa_full = True  # or dropping the end of the cache would be impossible with sliding-window attention
         params.flash_attn_type = self._api.LLAMA_FLASH_ATTN_TYPE_DISABLED

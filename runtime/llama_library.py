@@ -88,6 +88,8 @@ _PROTOTYPES: Prototypes = {
     "ggml_backend_buffer_free": (None, (_BUFFER,)),
     "ggml_backend_buffer_is_host": (c_bool, (_BUFFER,)),
     "ggml_backend_buffer_name": (c_char_p, (_BUFFER,)),
+    "ggml_backend_tensor_get": (None, (_TENSOR, c_void_p, c_size_t, c_size_t)),
+    "ggml_backend_tensor_set": (None, (_TENSOR, c_void_p, c_size_t, c_size_t)),
     "gguf_init_from_file": (c_void_p, (c_char_p, GgufInitParams)),
     "gguf_free": (None, (c_void_p,)),
     "gguf_get_n_tensors": (c_int64, (c_void_p,)),
@@ -96,6 +98,7 @@ _PROTOTYPES: Prototypes = {
     "gguf_get_tensor_offset": (c_size_t, (c_void_p, c_int64)),
     "gguf_get_tensor_size": (c_size_t, (c_void_p, c_int64)),
 }
+_GPU_KINDS = (1, 2)  # ggml's device types: a GPU of its own, one that shares the CPU's memory
 _INSTRUCTIONS = {
     "AVX": "avx",
     "AVX2": "avx2",
@@ -140,7 +143,7 @@ class LlamaLibrary:
     `api` holds libllama's functions, structures and constants under their C names (`llama_api`); `ggml` those of
     libggml-base listed in `_PROTOTYPES`. `get_tensor(model, name)` returns a tensor's address or None; it is None
     itself where the library does not export that C++ method. `name` is the package and its version, `path` the file
-    that was loaded. `log_callback` is `log` as C calls it.
+    that was loaded. `has_gpu`: it would put layers on a GPU. `log_callback` is `log` as C calls it.
     """
 
     api: SimpleNamespace
@@ -149,6 +152,7 @@ class LlamaLibrary:
     log: LogCollector
     name: str
     path: Path
+    has_gpu: bool
     log_callback: object
 
     def listen(self) -> None:
@@ -185,14 +189,13 @@ def _load(file: LibraryFile) -> LlamaLibrary:
     api = bind_api(libraries, file.name)
     check_tensor_layout(ggml)
     log, path = LogCollector(), Path(libraries[0]._name)
-    library = LlamaLibrary(
-        api, ggml, _bind_get_tensor(libraries), log, file.name, path, log_callback=api.llama_log_callback(log)
-    )
-    library.listen()
+    callback = api.llama_log_callback(log)
+    api.llama_log_set(callback, None)
     api.llama_backend_init()
     _find_devices(libraries, file)
     check_processor(file, api.llama_print_system_info().decode("utf-8", "replace"), cpu_flags())
-    return library
+    has_gpu = api.llama_supports_gpu_offload() and _has_gpu(libraries)
+    return LlamaLibrary(api, ggml, _bind_get_tensor(libraries), log, file.name, path, has_gpu, callback)
 
 
 def _open(file: LibraryFile) -> list[ctypes.CDLL]:
@@ -246,6 +249,12 @@ def _find_devices(libraries: Sequence[ctypes.CDLL], file: LibraryFile) -> None:
         load_all(os.fsencode(Path(libraries[0]._name).parent))
         if not count():
             raise MissingDependencyError(f"{file.name} finds no processor to compute on; {file.reinstall}")
+
+
+def _has_gpu(libraries: Sequence[ctypes.CDLL]) -> bool:
+    """A library may be able to use a GPU, and find none."""
+    by_type = find_symbol(libraries, "ggml_backend_dev_by_type", ctypes.CFUNCTYPE(c_void_p, c_int))
+    return by_type is not None and any(by_type(kind) for kind in _GPU_KINDS)
 
 
 def check_processor(file: LibraryFile, system_info: str, flags: frozenset[str] | None) -> None:

@@ -12,6 +12,7 @@ import hashlib
 import os
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from persona_edge.errors import ModelError, ModelFileError, UnsupportedModelError, WeightAccessError
 from persona_edge.gguf_magic import check_is_gguf
+from persona_edge.runtime.llama_device import DeviceTensor, check_device, file_copy
 from persona_edge.runtime.llama_files import ModelPart, damaged, read_parts
 from persona_edge.runtime.llama_library import GgmlTensor, LlamaLibrary, load_library
 from persona_edge.runtime.llama_lookup import TensorLookup, tensor_handles
@@ -30,6 +32,7 @@ from persona_edge.runtime.switcher import WeightTensor
 __all__ = ["LlamaModel", "TensorLookup", "find_tensors", "weights_digest"]
 
 _UNSUPPORTED = ("unknown model architecture", "unknown pre-tokenizer", "unsupported")
+_ALL_LAYERS = 999
 _OUT_OF_MEMORY = ("allocate", "bad_alloc")
 
 
@@ -46,10 +49,12 @@ class LlamaModel:
         path: str | os.PathLike[str],
         *,
         weights: WeightsMode = "auto",
+        n_gpu_layers: int = 0,
         library: str | os.PathLike[str] | None = None,
     ) -> None:
         """Load the GGUF at `path`, or all parts when it is the first part of a split model.
 
+        `n_gpu_layers` counts from the last layer; negative means all. It has no effect where the library finds no GPU.
         Raises ModelNotFoundError, ModelFileError (not a GGUF, damaged), UnsupportedModelError (an architecture that
         this libllama does not know, or one that does not generate text), ModelError (too large for the memory),
         WeightAccessError ("mmap" was asked for and is impossible here) and MissingDependencyError.
@@ -57,14 +62,16 @@ class LlamaModel:
         self.path = Path(path)
         check_is_gguf(self.path)
         self.library: LlamaLibrary = load_library(library)
-        parts = read_parts(self.library, self.path)
-        self.file_tensor_names = tuple(tensor.name for part in parts for tensor in part.tensors)
-        self.placement = choose_placement(weights, sum(part.path.stat().st_size for part in parts))
+        self.parts = read_parts(self.library, self.path)
+        self.file_tensor_names = tuple(tensor.name for part in self.parts for tensor in part.tensors)
+        self.n_gpu_layers = _ALL_LAYERS if n_gpu_layers < 0 else n_gpu_layers
+        n_bytes = sum(part.path.stat().st_size for part in self.parts)
+        self.placement = choose_placement(weights, n_bytes, self.n_gpu_layers if self.library.has_gpu else 0)
         self._load()
         self.architecture = self.metadata("general.architecture") or "unknown"
         _check_generates_text(self)
         if self.placement.kind == "mmap":
-            self._make_mapping_writable(parts, or_use_heap=weights == "auto")
+            self._make_mapping_writable(or_use_heap=weights == "auto")
 
     @property
     def handle(self) -> int:
@@ -94,13 +101,15 @@ class LlamaModel:
         return {name: found[name] for name in self.file_tensor_names if name in found}
 
     def _load(self) -> None:
-        self._handle = _load(self.library, self.path, is_mapped=self.placement.kind == "mmap")
+        is_mapped = self.placement.kind == "mmap"
+        params = _editable_params(self.library.api, is_mapped=is_mapped, n_gpu_layers=self.n_gpu_layers)
+        self._handle = _load(self.library, self.path, params)
         self._finalizer = weakref.finalize(self, self.library.api.llama_model_free, self._handle)
 
-    def _make_mapping_writable(self, parts: Sequence[ModelPart], *, or_use_heap: bool) -> None:
+    def _make_mapping_writable(self, *, or_use_heap: bool) -> None:
         """From now on an edit copies its page. Where that fails, load anew into the heap, or say why it failed."""
         try:
-            make_private(mapped_spans(parts, _mapped_addresses(self)))
+            make_private(mapped_spans(self.parts, _mapped_addresses(self)))
         except WeightAccessError as error:
             self.close()
             if not or_use_heap:
@@ -115,11 +124,13 @@ def find_tensors(model: LlamaModel, *, lookup: TensorLookup = "auto") -> dict[st
     """Every tensor of the file that the model keeps in memory, by GGUF name, in the file's order.
 
     `data` is a writable view of the model's own memory, shape (n_bytes,); `n_rows` counts the rows of all higher
-    dimensions, so a vector has one row. `lookup` forces one of the two ways of finding addresses.
-    Raises WeightAccessError when a tensor cannot be found, or does not lie in memory that the CPU may write.
+    dimensions, so a vector has one row. A tensor on a GPU is a `DeviceTensor`, whose `data` is a copy to edit. `lookup`
+    forces one of the two ways of finding addresses.
+    Raises WeightAccessError when a tensor cannot be found, or lies where it cannot be written.
     """
     handles = model.tensor_handles(lookup)
-    return {name: _weight_tensor(model, name, handle) for name, handle in handles.items()}
+    in_file = _FileCopy(model.parts)
+    return {name: _weight_tensor(model, name, handle, in_file) for name, handle in handles.items()}
 
 
 def weights_digest(tensors: Iterable[WeightTensor]) -> str:
@@ -127,14 +138,13 @@ def weights_digest(tensors: Iterable[WeightTensor]) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{tensor.name}\0{tensor.data.nbytes}\0".encode())
-        digest.update(tensor.data.data)
+        digest.update((tensor.read() if isinstance(tensor, DeviceTensor) else tensor.data).data)
     return digest.hexdigest()
 
 
-def _load(library: LlamaLibrary, path: Path, *, is_mapped: bool) -> int:
-    """The `llama_model *` of `path`, with its weights in plain CPU memory or mapped from the file."""
+def _load(library: LlamaLibrary, path: Path, params: ctypes.Structure) -> int:
+    """The `llama_model *` of `path`."""
     library.listen()
-    params = _editable_params(library.api, is_mapped=is_mapped)
     handle: int | None = library.api.llama_model_load_from_file(os.fsencode(path), params)
     if handle:
         return handle
@@ -147,13 +157,13 @@ def _load(library: LlamaLibrary, path: Path, *, is_mapped: bool) -> int:
     raise ModelFileError(damaged(path, reason))
 
 
-def _editable_params(api: SimpleNamespace, *, is_mapped: bool) -> ctypes.Structure:
-    """Model parameters that put weights where they can be edited: CPU, layout of the file.
+def _editable_params(api: SimpleNamespace, *, is_mapped: bool, n_gpu_layers: int) -> ctypes.Structure:
+    """Model parameters that put weights where they can be edited: in the layout of the file.
 
     `load_mode` replaced `use_mmap` within the range of versions that are supported.
     """
     params: ctypes.Structure = api.llama_model_default_params()
-    params.n_gpu_layers = 0
+    params.n_gpu_layers = n_gpu_layers
     params.use_extra_bufts = False
     if hasattr(params, "load_mode"):
         params.load_mode = api.LLAMA_LOAD_MODE_MMAP if is_mapped else api.LLAMA_LOAD_MODE_NONE
@@ -177,7 +187,7 @@ def _mapped_addresses(model: LlamaModel) -> dict[str, int]:
     return {name: tensor.data for name, tensor in tensors.items() if _is_mapped(model, tensor.buffer)}
 
 
-def _weight_tensor(model: LlamaModel, name: str, handle: int) -> WeightTensor:
+def _weight_tensor(model: LlamaModel, name: str, handle: int, in_file: _FileCopy) -> WeightTensor:
     ggml = model.library.ggml
     tensor = GgmlTensor.from_address(handle)
     n_columns, *higher = (int(n) for n in tensor.ne)
@@ -186,16 +196,32 @@ def _weight_tensor(model: LlamaModel, name: str, handle: int) -> WeightTensor:
     confirmed: Mapping[str, bool] = {
         "name": ggml.ggml_get_name(handle) == name.encode() == tensor.name,
         "shape": ggml.ggml_nelements(handle) == n_columns * n_rows,
-        "data": bool(tensor.data) and ggml.ggml_get_data(handle) == tensor.data,
+        "data": bool(tensor.data and tensor.buffer) and ggml.ggml_get_data(handle) == tensor.data,
     }
     if not all(confirmed.values()):
         wrong = ", ".join(what for what, agrees in confirmed.items() if not agrees)
         raise WeightAccessError(
             f"{name}: {wrong} in memory is not what libllama reports; install llama-cpp-python 0.3.36"
         )
-    _check_writable(model, name, tensor.buffer)
-    data: NDArray[np.uint8] = np.asarray(_Memory(tensor.data, n_bytes, model))
-    return WeightTensor(name, int(tensor.type), n_rows, n_columns, data)
+    if _is_in_reach(model, tensor.buffer):
+        data: NDArray[np.uint8] = np.asarray(_Memory(tensor.data, n_bytes, model))
+        return WeightTensor(name, int(tensor.type), n_rows, n_columns, data)
+    check_device(name, ggml.ggml_backend_buffer_name(tensor.buffer).decode())
+    return DeviceTensor(name, int(tensor.type), n_rows, n_columns, in_file[name], model.library, handle, model)
+
+
+class _FileCopy:
+    """`file_copy` of a model, made when a tensor of it is wanted."""
+
+    def __init__(self, parts: Sequence[ModelPart]) -> None:
+        self._parts = parts
+
+    @cached_property
+    def _tensors(self) -> dict[str, NDArray[np.uint8]]:
+        return file_copy(self._parts)
+
+    def __getitem__(self, name: str) -> NDArray[np.uint8]:
+        return self._tensors[name]
 
 
 class _Memory:
@@ -206,16 +232,11 @@ class _Memory:
         self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (n_bytes,), "data": (address, False)}
 
 
-def _check_writable(model: LlamaModel, name: str, buffer: int | None) -> None:
-    """Repacked, AMX and GPU buffers are no host buffers; a mapped one is, but its pages are read-only at first."""
-    ggml = model.library.ggml
-    is_read_only = model.placement.kind != "mmap" and _is_mapped(model, buffer)
-    if not buffer or not ggml.ggml_backend_buffer_is_host(buffer) or is_read_only:
-        kind = ggml.ggml_backend_buffer_name(buffer).decode() if buffer else "missing"
-        raise WeightAccessError(
-            f"{name} lies in a {kind} buffer, which cannot be edited in place; "
-            "weights must be in plain CPU memory (no repacking, no GPU layers)"
-        )
+def _is_in_reach(model: LlamaModel, buffer: int) -> bool:
+    """Whether the CPU may write there. Repacked, AMX and GPU buffers are no host buffers; a mapped one is, but its
+    pages are read-only at first."""
+    is_host = model.library.ggml.ggml_backend_buffer_is_host(buffer)
+    return bool(is_host) and (model.placement.kind == "mmap" or not _is_mapped(model, buffer))
 
 
 def _is_mapped(model: LlamaModel, buffer: int | None) -> bool:

@@ -36,10 +36,14 @@ class Placement:
         return f"{where}: {self.why}"
 
 
-def choose_placement(wanted: WeightsMode, n_bytes: int) -> Placement:
+def choose_placement(wanted: WeightsMode, n_bytes: int, n_gpu_layers: int = 0) -> Placement:
     """Where weights of `n_bytes` go. InputError for an unknown mode, WeightAccessError when "mmap" cannot be here."""
     if wanted not in ("auto", "heap", "mmap"):
         raise InputError(f"weights is {wanted!r}; it must be 'auto', 'heap' or 'mmap'")
+    if n_gpu_layers:  # a GPU may read the loader's mapping itself, so it is not exchanged under it
+        if wanted == "mmap":
+            raise InputError("weights='mmap' does not go with GPU layers; use 'auto', or n_gpu_layers=0")
+        return Placement("heap", "some layers are on the GPU")
     if wanted == "heap":
         return Placement("heap", "as asked")
     obstacle = why_not_here()

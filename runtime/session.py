@@ -34,6 +34,7 @@ from persona_edge.runtime.fair_lock import FairLock
 from persona_edge.runtime.generation import generate_pieces
 from persona_edge.runtime.kv_cache import KvKeeper
 from persona_edge.runtime.llama_backend import LlamaBackend
+from persona_edge.runtime.llama_device import DeviceMirror
 from persona_edge.runtime.llama_weights import LlamaModel, find_tensors, weights_digest
 from persona_edge.runtime.placement import Placement, WeightsMode
 from persona_edge.runtime.probabilities import log_p_of_targets, log_softmax
@@ -82,6 +83,7 @@ class PersonaRuntime:
         n_threads: int | None = None,
         seed: int = 0,
         weights: WeightsMode = "auto",
+        n_gpu_layers: int = 0,
         library: str | os.PathLike[str] | None = None,
         kv: KvPolicy = "reprefill",
         kv_megabytes: int = 256,
@@ -90,14 +92,14 @@ class PersonaRuntime:
 
         `n_ctx` is capped at what the model was trained for; `n_threads` None takes the physical cores. The seed makes
         a whole session repeatable. `weights` says where they lie: "heap", "mmap" (the file, mapped copy-on-write), or
-        "auto", whichever is better. `library` is the path of a libllama to use instead of the installed one, as is the
-        environment's PERSONA_EDGE_LIBLLAMA; a process can use one. `kv` says what becomes of the KV cache when the
-        weights change, and `kv_megabytes` what its snapshots may take in all (`kv_cache`). Raises InputError,
-        ModelNotFoundError, ModelFileError, UnsupportedModelError, WeightAccessError, MissingDependencyError, and what
-        `attach` raises.
+        "auto", whichever is better. `n_gpu_layers` of the last layers go to a GPU if there is one; negative means all.
+        `library` is the path of a libllama to use instead of the installed one, as is the environment's
+        PERSONA_EDGE_LIBLLAMA; a process can use one. `kv` says what becomes of the KV cache when the weights change,
+        and `kv_megabytes` what its snapshots may take in all (`kv_cache`). Raises InputError, ModelNotFoundError,
+        ModelFileError, UnsupportedModelError, WeightAccessError, MissingDependencyError, and what `attach` raises.
         """
         with ExitStack() as on_failure:
-            loaded = LlamaModel(model, weights=weights, library=library)
+            loaded = LlamaModel(model, weights=weights, n_gpu_layers=n_gpu_layers, library=library)
             on_failure.callback(loaded.close)
             backend = LlamaBackend(loaded, n_ctx=n_ctx, n_threads=n_threads)
             on_failure.callback(backend.close)
@@ -140,6 +142,11 @@ class PersonaRuntime:
     def placement(self) -> Placement:
         """Where the weights lie, and why there."""
         return self._model.placement
+
+    @property
+    def has_gpu(self) -> bool:
+        """Whether the llama.cpp in use finds a GPU, so that `n_gpu_layers` has an effect."""
+        return self._model.library.has_gpu
 
     @property
     def n_ctx(self) -> int:
@@ -324,7 +331,8 @@ class _Attached:
         shapes = (TensorShape(tensor.name, tensor.n_rows, tensor.n_columns) for tensor in tensors.values())
         check_identity(pack.identity, architecture, shapes, lambda name, at: _weights_at(tensors[name], at))
         self.pack = pack
-        self._switcher = Switcher({shape.name: tensors[shape.name] for shape in pack.identity.tensors})
+        gated = {shape.name: tensors[shape.name] for shape in pack.identity.tensors}
+        self._switcher, self._devices = Switcher(gated), DeviceMirror(gated)
         poles = tuple(Pole(name, "", ()) for name in pack.pole_names)  # names alone: positions are decoded when needed
         self._outline = PersonaSet(pack.identity, poles, pack.personas)
         self.program = lru_cache(maxsize=_PROGRAMS_KEPT)(self._compile)
@@ -340,7 +348,9 @@ class _Attached:
 
     def write(self, program: PersonaProgram | None) -> tuple[int, int]:
         """Edit the weights to `program`, or back to base for None: units and bytes written."""
+        self._devices.will_change(self._switcher.active, program)
         stats = self._switcher.restore() if program is None else self._switcher.apply(program)
+        self._devices.send()
         return stats.n_units_written, stats.n_bytes
 
     def _compile(self, name: str, strength: float) -> PersonaProgram:

@@ -191,12 +191,12 @@ def test_mapped_weights_are_refused_unless_they_were_made_writable(
 ) -> None:
     editable = llama_weights._editable_params
 
-    def mapped(api: SimpleNamespace, *, is_mapped: bool) -> ctypes.Structure:
+    def mapped(api: SimpleNamespace, *, is_mapped: bool, n_gpu_layers: int) -> ctypes.Structure:
         assert not is_mapped
-        return editable(api, is_mapped=True)
+        return editable(api, is_mapped=True, n_gpu_layers=n_gpu_layers)
 
     monkeypatch.setattr(llama_weights, "_editable_params", mapped)
-    with pytest.raises(WeightAccessError, match="CPU_Mapped buffer, which cannot be edited"):
+    with pytest.raises(WeightAccessError, match="CPU_Mapped buffer, whose weights cannot be edited"):
         find_tensors(LlamaModel(tiny_path, weights="heap"))
 
 

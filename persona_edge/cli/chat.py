@@ -50,6 +50,7 @@ __all__ = ["chat"]
     show_default=True,
     help="Where the weights lie: copied to memory, or in the mapped file.",
 )
+@click.option("--gpu-layers", default=0, show_default=True, help="Layers to put on a GPU, from the last; -1 for all.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object per answer, one per line.")
 @click.pass_context
 def chat(
@@ -70,6 +71,7 @@ def chat(
     n_ctx: int,
     kv: KvPolicy,
     weights: WeightsMode,
+    gpu_layers: int,
     as_json: bool,
 ) -> None:
     """Talk to a model and switch its persona as you go.
@@ -95,6 +97,7 @@ def chat(
             n_ctx=n_ctx,
             n_threads=threads,
             weights=weights,
+            n_gpu_layers=gpu_layers,
             kv=kv,
             progress=progress,
         )
