@@ -25,7 +25,15 @@ from persona_edge.masks import GROUP_SIZE, PersonaSet
 from persona_edge.onnx_model import OnnxModel, read_onnx_model
 from persona_edge.onnx_weights import check_onnx
 
-__all__ = ["OnnxExport", "Precision", "export_onnx", "onnx_folder", "onnx_pack_path", "write_onnx_model"]
+__all__ = [
+    "OnnxExport",
+    "Precision",
+    "export_onnx",
+    "onnx_folder",
+    "onnx_pack_path",
+    "require_onnx",
+    "write_onnx_model",
+]
 
 Precision = Literal["int4", "int8", "fp32", "fp16"]
 
@@ -55,17 +63,23 @@ def onnx_pack_path(model: Path, set_name: str) -> Path:
 
 
 def export_onnx(
-    weights: Path, personas: PersonaSet, *, set_name: str, folder: Path | None = None, precision: Precision = "int4"
+    weights: Path,
+    personas: PersonaSet,
+    *,
+    set_name: str,
+    folder: Path | None = None,
+    pack: Path | None = None,
+    precision: Precision = "int4",
 ) -> OnnxExport:
-    """Write the ONNX form of `weights`, unless it is there already, and the pack of `personas` into it.
+    """Write the ONNX form of `weights`, unless it is there already, and the pack of `personas` into it (or to `pack`).
 
     Raises ModelMismatchError when the personas belong to other weights, and what `write_onnx_model` raises.
     """
     target = onnx_folder(weights, precision) if folder is None else folder
     model = read_onnx_model(target) if target.exists() else write_onnx_model(weights, target, precision)
     check_onnx(personas.identity, model)
-    pack = onnx_pack_path(model.path, set_name)
-    return OnnxExport(target, model.path, pack, write_pack(pack, personas))
+    place = onnx_pack_path(model.path, set_name) if pack is None else pack
+    return OnnxExport(target, model.path, place, write_pack(place, personas))
 
 
 def write_onnx_model(source: Path, folder: Path, precision: Precision = "int4") -> OnnxModel:
@@ -74,7 +88,7 @@ def write_onnx_model(source: Path, folder: Path, precision: Precision = "int4") 
     Raises MissingDependencyError, OutputError when `folder` exists or cannot be written, ModelFileError for a source
     that cannot be read, UnsupportedModelError when the builder does not know the architecture or writes other blocks.
     """
-    _require_packages()
+    require_onnx()
     if folder.exists():
         raise OutputError(f"{folder} exists already; remove it or choose another place")
     with _temporary_beside(folder) as work:
@@ -89,7 +103,8 @@ def write_onnx_model(source: Path, folder: Path, precision: Precision = "int4") 
     return read_onnx_model(folder)
 
 
-def _require_packages() -> None:
+def require_onnx() -> None:
+    """Raise MissingDependencyError, naming the packages, unless the extras offline and onnx are installed."""
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingDependencyError(

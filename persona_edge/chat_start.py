@@ -14,6 +14,8 @@ from persona_edge.chat_values import BASE
 from persona_edge.downloads import Progress, silent
 from persona_edge.errors import InputError, ModelMismatchError, PackError
 from persona_edge.find_packs import FoundPack, find_pack, open_pack
+from persona_edge.onnx_start import Backend, onnx_model_for
+from persona_edge.runtime.open_runtime import open_runtime
 from persona_edge.runtime.placement import WeightsMode
 from persona_edge.runtime.session import PersonaRuntime
 from persona_edge.runtime.values import KvPolicy
@@ -51,21 +53,20 @@ def open_chat_model(
     weights: WeightsMode = "auto",
     n_gpu_layers: int = 0,
     kv: KvPolicy = "reprefill",
+    backend: Backend = "auto",
     progress: Progress = silent,
 ) -> ChatModel:
     """Load `model` with the pack that holds every persona of `wanted` (`base` needs none).
 
     `pack` is used when it is given; otherwise the newest fitting one next to the model. When nothing is `wanted`, a
-    pack is attached if `look_for_pack` and one is found that fits. Raises what `resolve_model`, `find_pack` and
-    `PersonaRuntime.open` raise.
+    pack is attached if `look_for_pack` and one is found that fits. `backend` "auto" goes by the file. Raises what
+    `onnx_model_for`, `resolve_model`, `find_pack` and `open_runtime` raise.
     """
-    path = resolve_model(model, progress=progress).require_gguf()
+    path = onnx_model_for(model, backend) or resolve_model(model, progress=progress).require_gguf()
     personas = [name for name in wanted if name.casefold() != BASE]
     found, why_none = _choose(path, model, pack, personas, look_for_pack)
     progress(f"loading {path.name}", 0, None)
-    runtime = PersonaRuntime.open(
-        path, n_ctx=n_ctx, n_threads=n_threads, weights=weights, n_gpu_layers=n_gpu_layers, kv=kv
-    )
+    runtime = open_runtime(path, n_ctx=n_ctx, n_threads=n_threads, weights=weights, n_gpu_layers=n_gpu_layers, kv=kv)
     no_gpu = ("this llama.cpp finds no GPU: all layers are on the CPU",) if n_gpu_layers and not runtime.has_gpu else ()
     try:
         opened = _attached(runtime, path, found, why_none, must_fit=bool(personas) or pack is not None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from persona_edge.errors import GenerationError, InputError
 from persona_edge.machine import usable_cores
 from persona_edge.onnx_model import OnnxModel
+from persona_edge.runtime.kv_cache import CacheState, common_beginning
 from persona_edge.runtime.onnx_editors import Editor
 from persona_edge.runtime.onnx_geometry import Geometry
 from persona_edge.runtime.onnx_runtime import load_onnxruntime
@@ -51,6 +52,7 @@ class OnnxBackend:
         self._ends: list[int] = []  # where evaluated batches ended, ascending
         self._last: NDArray[np.float32] | None = None  # logits after the last token
         self._ticket = 0
+        self.recall: Callable[[Sequence[int]], None] | None = None  # may load an earlier state that fits a new prompt
 
     @property
     def cached_tokens(self) -> tuple[int, ...]:
@@ -65,7 +67,9 @@ class OnnxBackend:
         """
         kept = len(tokens) - 1
         if ticket is None or ticket != self._ticket or kept != len(self._tokens):
-            kept = self._keep(bisect.bisect_right(self._ends, _common_beginning(self._tokens, tokens[:-1])))
+            if self.recall is not None:
+                self.recall(tokens)
+            kept = self._keep(bisect.bisect_right(self._ends, common_beginning(self._tokens, tokens[:-1])))
         self._ticket += 1
         for start in range(kept, len(tokens), self._batch):
             self._last = self._run(tokens[start : start + self._batch])[-1]
@@ -108,13 +112,25 @@ class OnnxBackend:
             )
         self.vocabulary.check(tokens)
         self._ticket += 1
-        n_common = _common_beginning(self._tokens, tokens[:n_before])
+        n_common = common_beginning(self._tokens, tokens[:n_before])
         wanted = [*range(self._batch, n_before, self._batch), n_before]
         same = (found == end <= n_common for found, end in zip(self._ends, wanted, strict=False))
         for start in range(self._keep(sum(itertools.takewhile(bool, same))), n_before, self._batch):
             self._run(tokens[start : min(start + self._batch, n_before)])
         for start in range(n_before, len(tokens) - 1, self._batch):
             yield self._run(tokens[start : min(start + self._batch, len(tokens) - 1)])
+
+    def save_state(self) -> CacheState | None:
+        """A copy of what the cache holds; None when that is nothing."""
+        if not self._tokens:
+            return None
+        return CacheState(tuple(self._tokens), tuple(self._ends), self._cache.copy_of(len(self._tokens)))
+
+    def load_state(self, state: CacheState) -> None:
+        """Replace the cache by `state`, which the present weights must have computed."""
+        self.clear()
+        self._cache.restore(state.data, len(state.tokens))
+        self._tokens, self._ends = list(state.tokens), list(state.ends)
 
     def clear(self) -> None:
         """Forget every token: the weights changed, so their keys and values no longer hold."""
@@ -160,10 +176,10 @@ class _Cache:
         dtype = geometry.cache_dtype(session)
         self._wants_positions = geometry.wants_positions(session)
         try:
-            buffers = [np.zeros(shape, dtype) for _ in geometry.past]
+            self._buffers = [np.zeros(shape, dtype) for _ in geometry.past]
         except MemoryError:
             raise GenerationError(f"not enough memory for a context of {n_ctx} tokens; try a smaller n_ctx") from None
-        self._values = [runtime.OrtValue.ortvalue_from_numpy(buffer) for buffer in buffers]
+        self._values = [runtime.OrtValue.ortvalue_from_numpy(buffer) for buffer in self._buffers]
         self._ones = np.ones((1, n_ctx), np.int64)
         self._bound: tuple[Any, Any] | None = None  # a session and its binding of the buffers
 
@@ -183,6 +199,19 @@ class _Cache:
         logits: NDArray[Any] = binding.get_outputs()[-1].numpy()
         return np.asarray(logits[0], np.float32)
 
+    def copy_of(self, n: int) -> NDArray[np.uint8]:
+        """Keys and values of the first `n` tokens, as flat bytes."""
+        return np.concatenate(
+            [np.ascontiguousarray(buffer[:, :, :n]).reshape(-1).view(np.uint8) for buffer in self._buffers]
+        )
+
+    def restore(self, data: NDArray[np.uint8], n: int) -> None:
+        """Put back what `copy_of` gave for `n` tokens."""
+        parts = np.split(data, len(self._buffers))
+        for buffer, part in zip(self._buffers, parts, strict=True):
+            shape = (buffer.shape[0], buffer.shape[1], n, buffer.shape[3])
+            buffer[:, :, :n] = part.view(buffer.dtype).reshape(shape)
+
     def _binding(self, session: Any) -> Any:
         if self._bound is None or self._bound[0] is not session:
             binding = session.io_binding()
@@ -198,8 +227,3 @@ def onnx_n_threads(wanted: int | None) -> int:
     if wanted is not None and wanted < 1:
         raise InputError(f"n_threads is {wanted}; it must be at least 1")
     return wanted or usable_cores()
-
-
-def _common_beginning(cached: Sequence[int], wanted: Sequence[int]) -> int:
-    pairs = zip(cached, wanted, strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -14,7 +14,7 @@ import os
 from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Literal, Self, cast
 
 from persona_edge.maskpack import MaskPack
 from persona_edge.masks import PersonaSet, Pole
@@ -22,14 +22,16 @@ from persona_edge.onnx_model import OnnxModel, read_onnx_model
 from persona_edge.onnx_weights import check_onnx
 from persona_edge.runtime.chat_template import ChatTemplate
 from persona_edge.runtime.fair_lock import FairLock
+from persona_edge.runtime.kv_cache import KvKeeper
 from persona_edge.runtime.onnx_backend import OnnxBackend, onnx_n_threads
 from persona_edge.runtime.onnx_editors import Editor, Mechanism
 from persona_edge.runtime.onnx_geometry import Geometry
 from persona_edge.runtime.onnx_mechanism import ChosenEditor, open_editor
 from persona_edge.runtime.onnx_vocabulary import OnnxVocabulary, chat_template_of
+from persona_edge.runtime.placement import Placement
 from persona_edge.runtime.programs import PersonaProgram
 from persona_edge.runtime.session import PersonaRuntime, _Attached
-from persona_edge.runtime.values import SwitchReport
+from persona_edge.runtime.values import KvPolicy, SwitchReport
 
 __all__ = ["OnnxRuntime"]
 
@@ -37,12 +39,22 @@ __all__ = ["OnnxRuntime"]
 class OnnxRuntime(PersonaRuntime):
     """A loaded ONNX model, an optional mask pack, and one conversation's KV cache. Make one with `open`."""
 
-    def __init__(self, model: OnnxModel, chosen: ChosenEditor, backend: OnnxBackend, seed: int) -> None:
+    def __init__(
+        self,
+        model: OnnxModel,
+        chosen: ChosenEditor,
+        backend: OnnxBackend,
+        seed: int,
+        *,
+        kv: KvPolicy = "reprefill",
+        kv_megabytes: int = 256,
+    ) -> None:
         """Takes over everything and closes it; `open` is the usual way."""
         self._onnx, self._editor = model, chosen.editor
         self.mechanism: Mechanism = chosen.editor.mechanism
         self.mechanism_notes = chosen.notes
         self._backend, self._seed = cast(Any, backend), seed
+        self._kv = KvKeeper(backend, kv, kv_megabytes)
         self._lock = FairLock()
         source = chat_template_of(model.folder)
         self._template = ChatTemplate(source, backend.vocabulary.bos_text, backend.vocabulary.eos_text)
@@ -63,13 +75,15 @@ class OnnxRuntime(PersonaRuntime):
         n_threads: int | None = None,
         seed: int = 0,
         mechanism: Mechanism | None = None,
+        kv: KvPolicy = "reprefill",
+        kv_megabytes: int = 256,
     ) -> Self:
         """Load the ONNX folder (or its .onnx file) `model` and attach `pack` if given; nothing is masked yet.
 
         The first time on a machine takes some seconds: the model is packed for it, in the cache. `mechanism` None takes
-        the best that works; `mechanism_notes` then says why better ones did not. Raises InputError, ModelNotFoundError,
-        ModelFileError, UnsupportedModelError, WeightAccessError, MissingDependencyError, OutputError, and what `attach`
-        raises.
+        the best that works; `mechanism_notes` then says why better ones did not. The rest is as for a GGUF. Raises
+        InputError, ModelNotFoundError, ModelFileError, UnsupportedModelError, WeightAccessError, OutputError,
+        MissingDependencyError, and what `attach` raises.
         """
         found = read_onnx_model(Path(model))
         with ExitStack() as on_failure:
@@ -78,7 +92,7 @@ class OnnxRuntime(PersonaRuntime):
             geometry = Geometry.of(found)
             vocabulary = OnnxVocabulary(found.folder, n_tokens=geometry.n_vocab, end_tokens=geometry.end_tokens)
             backend = OnnxBackend(found, chosen.editor, vocabulary, n_ctx=n_ctx)
-            runtime = cls(found, chosen, backend, seed)
+            runtime = cls(found, chosen, backend, seed, kv=kv, kv_megabytes=kv_megabytes)
             if pack is not None:
                 runtime.attach(pack)
             on_failure.pop_all()
@@ -96,6 +110,25 @@ class OnnxRuntime(PersonaRuntime):
             if self._persona is not None:
                 self._edit(None, None, 0.0)
             self._attached = _OnnxAttached(opened, self._onnx, self._editor)
+            self._kv.forget_personas()
+
+    @property
+    def placement(self) -> Placement:
+        """Where the weights lie and how they are changed; `is_fallback` when the fastest way does not work here."""
+        why = {
+            "mapped": "ONNX Runtime's packed weights, written in place",
+            "images": "ONNX Runtime's packed weights, written in place with images packed once per persona",
+            "scales": "scales that ONNX Runtime reads from our memory, with activations in float32",
+            "session": "a new ONNX Runtime session for each persona",
+        }[self.mechanism]
+        reason = f" ({'; '.join(self.mechanism_notes)})" if self.mechanism_notes else ""
+        kind: Literal["heap", "mmap"] = "mmap" if self.mechanism in ("mapped", "images") else "heap"
+        return Placement(kind, why + reason, is_fallback=bool(self.mechanism_notes))
+
+    @property
+    def has_gpu(self) -> bool:
+        """Sessions are made for the CPU."""
+        return False
 
     def weights_digest(self) -> str:
         """SHA-256 over the weights in use that a persona may change: equal digests mean equal weights."""

@@ -88,6 +88,29 @@ def test_tokens_one_by_one_give_nearly_the_logits_of_all_at_once(runtime: OnnxRu
     assert np.corrcoef(single.ravel(), at_once.ravel())[0, 1] > 0.999
 
 
+def test_a_persona_that_returns_finds_its_cache(tiny_llama: TinyOnnx, pack: Path) -> None:
+    with OnnxRuntime.open(tiny_llama.folder, pack, n_ctx=128, n_threads=1, kv="snapshot") as model:
+        first = {}
+        for persona in ("E", "I"):
+            model.switch(persona)
+            first[persona] = model.chat(QUESTION, GREEDY).text
+        model.switch("E")
+        assert model._backend.cached_tokens == ()
+        longer = model.tokenize_chat(QUESTION)
+        assert model.chat(QUESTION, GREEDY).text == first["E"]
+        assert model._backend.cached_tokens[: len(longer)] == tuple(longer)
+        with OnnxRuntime.open(tiny_llama.folder, pack, n_ctx=128, n_threads=1) as plain:
+            plain.switch("E")
+            tokens = [*longer, *plain.tokenize(first["E"], add_special=False), 5]
+            assert np.allclose(plain.log_probabilities(tokens, 3), model.log_probabilities(tokens, 3), atol=0.2)
+
+
+def test_where_weights_lie_is_told(runtime: OnnxRuntime) -> None:
+    assert not runtime.has_gpu
+    assert runtime.placement.is_fallback == bool(runtime.mechanism_notes)
+    assert "ONNX Runtime" in runtime.placement.text
+
+
 def test_a_seed_makes_answers_repeatable(runtime: OnnxRuntime) -> None:
     options = SamplingOptions(max_tokens=12, temperature=1.0, seed=5)
     assert runtime.chat(QUESTION, options).text == runtime.chat(QUESTION, options).text

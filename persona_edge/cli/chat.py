@@ -14,6 +14,7 @@ from persona_edge.catalogue_entries import DEFAULT_MODEL
 from persona_edge.cli.progress import ProgressLine
 
 if TYPE_CHECKING:
+    from persona_edge.onnx_start import Backend
     from persona_edge.runtime.placement import WeightsMode
     from persona_edge.runtime.values import KvPolicy
 
@@ -21,7 +22,9 @@ __all__ = ["chat"]
 
 
 @click.command()
-@click.option("--model", default=DEFAULT_MODEL, show_default=True, help="A catalogue name, or a path to a GGUF file.")
+@click.option(
+    "--model", default=DEFAULT_MODEL, show_default=True, help="A catalogue name, a GGUF file or an ONNX folder."
+)
 @click.option("--pack", type=click.Path(path_type=Path), help="The mask pack.  [default: the newest next to the model]")
 @click.option("--persona", help="Who answers, such as INFP.  [default: the unmodified model]")
 @click.option("--strength", default=1.0, show_default=True, type=click.FloatRange(0, 1), help="How strongly it acts.")
@@ -36,6 +39,13 @@ __all__ = ["chat"]
 @click.option("--seed", type=int, help="Makes the answers repeatable.")
 @click.option("--threads", type=int, help="CPU threads.  [default: the physical cores]")
 @click.option("--context", "n_ctx", default=4096, show_default=True, help="Tokens that question and history may have.")
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "gguf", "onnx"]),
+    default="auto",
+    show_default=True,
+    help="What runs the model; auto goes by the file.",
+)
 @click.option(
     "--kv",
     type=click.Choice(["reprefill", "snapshot", "keep"]),
@@ -69,6 +79,7 @@ def chat(
     seed: int | None,
     threads: int | None,
     n_ctx: int,
+    backend: Backend,
     kv: KvPolicy,
     weights: WeightsMode,
     gpu_layers: int,
@@ -99,6 +110,7 @@ def chat(
             weights=weights,
             n_gpu_layers=gpu_layers,
             kv=kv,
+            backend=backend,
             progress=progress,
         )
     with opened.runtime as runtime:

@@ -23,6 +23,9 @@ _METHODS = ("contrastive-fisher", "wanda", "contrastive-wanda", "contrastive-spa
     "--personas", required=True, metavar="SET", help="A shipped set such as mbti16, or a .jsonl or .csv of contrasts."
 )
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="The pack; default: next to the model.")
+@click.option(
+    "--format", "formats", default="gguf", show_default=True, metavar="FORMATS", help="gguf, onnx, or gguf,onnx."
+)
 @click.option("--original", metavar="MODEL", help="Calibrate on these original weights instead of the GGUF's own.")
 @click.option("--method", type=click.Choice(_METHODS), default="contrastive-fisher", show_default=True)
 @click.option("--granularity", type=click.Choice(["group", "weight"]), default=None, help="What one gate multiplies.")
@@ -57,6 +60,8 @@ def export(as_json: bool, **options: Any) -> None:
         click.echo(line)
     n_personas = len(result.personas.personas)
     click.echo(f"{n_personas} personas, {bytes_text(result.summary.n_bytes)}: {result.path}")
+    if result.onnx_folder is not None:
+        click.echo(f"ONNX model: {result.onnx_folder}")
 
 
 def _request(options: dict[str, Any]) -> Any:
@@ -93,7 +98,18 @@ def _request(options: dict[str, Any]) -> Any:
         device=options["device"],
         dtype=options["dtype"],
         n_contrasts=options["n_contrasts"],
+        formats=_formats(options["formats"]),
     )
+
+
+def _formats(text: str) -> Any:
+    from persona_edge.errors import InputError
+    from persona_edge.export import Format
+
+    wanted = {part.strip().casefold() for part in text.split(",")}
+    if not wanted <= set(get_args(Format)):
+        raise InputError(f"--format {text!r} cannot be used; write gguf, onnx or gguf,onnx")
+    return tuple(name for name in get_args(Format) if name in wanted)
 
 
 def _table(report: Any, summary: Any) -> list[str]:
