@@ -25,7 +25,7 @@ from persona_edge import machine
 from persona_edge.cache import cache_folder
 from persona_edge.catalogue_entries import DEFAULT_MODEL, load_catalogue
 from persona_edge.errors import PersonaEdgeError
-from persona_edge.probes import LLAMA_PROBE, TORCH_PROBE, ProbeResult, run_probe
+from persona_edge.probes import LLAMA_PROBE, ONNX_PROBE, TORCH_PROBE, ProbeResult, run_probe
 from persona_edge.runtime.llama_find import VARIABLE
 from persona_edge.runtime.placement import choose_placement
 from persona_edge.sources import place_of
@@ -78,7 +78,19 @@ _OFFLINE = (
     Requirement("protobuf", "4"),
     Requirement("tqdm", "4.66"),
 )
-_ONNX = (Requirement("onnx", "1.17"), Requirement("onnxruntime", "1.20"))
+_ONNX = (
+    Requirement("onnx", "1.17"),
+    Requirement("onnx-ir", "1.0"),
+    Requirement("onnxruntime", "1.31"),
+    Requirement("onnxruntime-genai", "0.18"),
+    Requirement("tokenizers", "0.21"),
+)
+_MECHANISMS: Mapping[str, str] = {
+    "mapped": "personas are written into ONNX Runtime's packed weights",
+    "images": "personas are packed once by ONNX Runtime and copied into its weights",
+    "scales": "personas are written into scales that ONNX Runtime reads, and answers come more slowly",
+    "session": "each persona takes a new session, so a switch takes as long as loading the model",
+}
 
 
 def run_checks() -> tuple[Check, ...]:
@@ -86,6 +98,7 @@ def run_checks() -> tuple[Check, ...]:
     with ThreadPoolExecutor(max_workers=2) as pool:
         llama = pool.submit(run_probe, LLAMA_PROBE)
         torch = pool.submit(run_probe, TORCH_PROBE) if installed_version("torch") else None
+        onnx = pool.submit(run_probe, ONNX_PROBE) if installed_version("onnxruntime") else None
         checks = [
             check_python(sys.version_info[:3]),
             check_base_package(_NUMPY, installed_version(_NUMPY.name)),
@@ -103,6 +116,8 @@ def run_checks() -> tuple[Check, ...]:
         if torch is not None:
             checks.append(check_torch(torch.result()))
         checks.append(check_extra("onnx", "ONNX models", _ONNX, installed_version))
+        if onnx is not None:
+            checks.append(check_onnx_switch(onnx.result()))
     return tuple(checks)
 
 
@@ -192,6 +207,18 @@ def check_placement() -> Check:
     if small.kind == large.kind:
         return Check("weights", "ok", small.text)
     return Check("weights", "ok", f"a small model {small.text}; a large one {large.text}")
+
+
+def check_onnx_switch(probe: ProbeResult) -> Check:
+    """How personas would be applied to an ONNX model."""
+    reinstall = "pip install --upgrade 'persona-edge[onnx]'"
+    failure = probe.failure or probe.values.get("problem")
+    if failure is not None:
+        return Check("ONNX Runtime", "warn", f"ONNX models cannot be opened: {failure}", reinstall)
+    mechanism, notes = str(probe.values.get("mechanism")), probe.values.get("notes")
+    reasons = "; ".join(str(note) for note in notes) if isinstance(notes, list) else ""
+    detail = f"{mechanism}: {_MECHANISMS.get(mechanism, '')}"
+    return Check("ONNX Runtime", "ok", f"{detail} ({reasons})" if reasons else detail)
 
 
 def check_processor(flags: frozenset[str] | None, n_cores: int) -> Check:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["LLAMA_PROBE", "TORCH_PROBE", "ProbeResult", "run_probe"]
+__all__ = ["LLAMA_PROBE", "ONNX_PROBE", "TORCH_PROBE", "ProbeResult", "run_probe"]
 
 _SECONDS = 60.0
 
@@ -32,6 +32,24 @@ else:
         "direct": library.get_tensor is not None,
         "gpu": library.has_gpu,
     }))
+"""
+
+# How personas would be applied to an ONNX model, tried on a tiny one; what it would leave in the cache goes with it.
+ONNX_PROBE = """
+import json, os, tempfile
+from pathlib import Path
+from persona_edge.errors import PersonaEdgeError
+with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+    os.environ["PERSONA_EDGE_CACHE"] = folder
+    from persona_edge.runtime.onnx_trial import try_mechanisms
+    model = Path(folder) / "trial"
+    model.mkdir()
+    try:
+        chosen = try_mechanisms(model)
+    except PersonaEdgeError as error:
+        print(json.dumps({"problem": str(error)}))
+    else:
+        print(json.dumps({"mechanism": chosen.editor.mechanism, "notes": chosen.notes}))
 """
 
 TORCH_PROBE = """

@@ -66,7 +66,7 @@ class Geometry:
     def cache_dtype(self, session: Any) -> Any:
         """The number type of keys and values."""
         kinds = {given.name: given.type for given in session.get_inputs()}
-        return _DTYPES.get(kinds.get(self.past[0], ""), np.float32)
+        return _DTYPES.get(kinds.get(next(iter(self.past), ""), ""), np.float32)
 
     def wants_positions(self, session: Any) -> bool:
         """Whether positions are an input of their own."""
