@@ -85,7 +85,7 @@ _ONNX = (
     Requirement("onnxruntime-genai", "0.18"),
     Requirement("tokenizers", "0.21"),
 )
-_MECHANISMS: Mapping[str, str] = {
+_MECHANISMS = {
     "mapped": "personas are written into ONNX Runtime's packed weights",
     "images": "personas are packed once by ONNX Runtime and copied into its weights",
     "scales": "personas are written into scales that ONNX Runtime reads, and answers come more slowly",
