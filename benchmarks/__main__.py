@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks import decode, effect, record, switching
+from benchmarks import decode, effect, record, roofline, switching
 from persona_edge.catalogue import DEFAULT_MODEL, resolve_model
 from persona_edge.errors import InputError, PersonaEdgeError
 from persona_edge.find_packs import find_pack, open_pack
@@ -58,6 +58,11 @@ def _switching(settings: Settings) -> record.Result:
     )
 
 
+def _roofline(settings: Settings) -> record.Result:
+    pack = settings.pack_with("INFP", "ENTJ")
+    return roofline.measure(settings.gguf, pack, n_rounds=min(settings.rounds, 50), n_threads=settings.threads)
+
+
 def _decode(settings: Settings) -> record.Result:
     return decode.measure(
         settings.gguf,
@@ -97,6 +102,7 @@ def _size(_settings: Settings) -> record.Result:
 
 BENCHMARKS: Mapping[str, Callable[[Settings], record.Result]] = {
     "switching": _switching,
+    "roofline": _roofline,
     "decode": _decode,
     "parity": _parity,
     "size": _size,
@@ -143,7 +149,7 @@ def main(
     positions: int,
     parity_models: tuple[str, ...],
 ) -> None:
-    """Run the benchmarks called NAME, or all: switching, decode, parity, size, effect.
+    """Run the benchmarks called NAME, or all: switching, roofline, decode, parity, size, effect.
 
     When all are run, one that lacks its pack, model or data is passed over with a line that says what it needs.
     """

@@ -48,4 +48,11 @@ def switch(
     n_threads: int,
     /,
 ) -> tuple[int, int, int]: ...
+def unite(
+    runs: tuple[NDArray[np.uint32], ...],
+    bits: NDArray[np.uint64],
+    positions: NDArray[np.uint32],
+    sets: NDArray[np.uint64],
+    /,
+) -> int: ...
 def touch(plan: Plan, n_threads: int, /) -> None: ...

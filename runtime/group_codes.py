@@ -35,7 +35,8 @@ def nearest_codes(codes: CodeFormat, values: NDArray[np.float64]) -> NDArray[np.
     if not codes.codebook:
         return codes.numbers.nearest_code(wanted)
     book = np.array(codes.codebook, np.float64)
-    return np.abs(book - wanted[:, None]).argmin(axis=1).astype(np.uint8)
+    nearest: NDArray[np.uint8] = np.abs(book - wanted[:, None]).argmin(axis=1).astype(np.uint8)
+    return nearest
 
 
 def scale_group_codes(layout: WeightLayout, fields: NDArray[np.uint8], gates: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -69,4 +70,5 @@ def _table(codes: CodeFormat, gate: float) -> NDArray[np.uint8]:
     table = nearest_codes(codes, values * gate)
     packed = np.arange(256)
     parts = [table[packed >> shift & (1 << bits) - 1].astype(np.int64) << shift for shift in range(0, 8, bits)]
-    return np.bitwise_or.reduce(parts).astype(np.uint8)
+    table_of_bytes: NDArray[np.uint8] = np.bitwise_or.reduce(parts).astype(np.uint8)
+    return table_of_bytes

@@ -30,6 +30,8 @@ __all__ = ["CKernels", "Kernels", "NumpyKernels", "default_kernels", "implementa
 
 Bytes = NDArray[np.uint8]
 Gates = NDArray[np.float32]
+Positions = NDArray[np.uint32]
+Sets = NDArray[np.uint64]
 _UNITS_PER_THREAD = 1 << 15
 TensorSet = Any  # what `tensors` gave; only the kernels that made it can read it
 
@@ -55,11 +57,22 @@ class Kernels(Protocol):
         """The tensors that plans refer to by number, for `switch`. Keeps their memory alive."""
         ...
 
+    def unite(self, runs: Sequence[Positions], bits: Sequence[int], positions: Positions, sets: Sets) -> int:
+        """The union of `runs`, strictly ascending: FILL `positions` and, with the `bits` of the runs it is in, `sets`.
+
+        Returns how many there are; both must have room for all of all runs. ValueError for a run that does not ascend.
+        """
+        ...
+
     def switch(self, tensors: TensorSet, old: UndoLog, new: UndoLog) -> SwitchCounts:
         """CHANGE the tensors from the state that `old` undoes to base plus `new`'s gates, filling `new`'s log.
 
         Writes only what differs. ValueError before the first write when a plan does not fit the tensors.
         """
+        ...
+
+    def touch(self, tensors: TensorSet, plan: Plan) -> None:
+        """Read and write back one byte of each of the plan's units: no switch can be faster. For measurements."""
         ...
 
 
@@ -89,11 +102,22 @@ class NumpyKernels:
         """See Kernels."""
         return [numpy_kernels.Tensor(layout, memory) for layout, memory in zip(layouts, data, strict=True)]
 
+    def unite(self, runs: Sequence[Positions], bits: Sequence[int], positions: Positions, sets: Sets) -> int:
+        """See Kernels."""
+        united, members = numpy_kernels.unite(runs, bits)
+        positions[: len(united)], sets[: len(united)] = united, members
+        return len(united)
+
     def switch(self, tensors: TensorSet, old: UndoLog, new: UndoLog) -> SwitchCounts:
         """See Kernels."""
         for log in (old, new):
             numpy_kernels.check_log(tensors, log)
         return numpy_kernels.switch(tensors, old, new)
+
+    def touch(self, tensors: TensorSet, plan: Plan) -> None:
+        """See Kernels."""
+        numpy_kernels.check_log(tensors, UndoLog.blank(plan))
+        numpy_kernels.touch(tensors, plan)
 
 
 class CKernels:
@@ -129,6 +153,11 @@ class CKernels:
         """See Kernels."""
         return self._native.tensors(tuple(self._layout(layout) for layout in layouts), tuple(data))
 
+    def unite(self, runs: Sequence[Positions], bits: Sequence[int], positions: Positions, sets: Sets) -> int:
+        """See Kernels."""
+        arrays = tuple(np.ascontiguousarray(run, np.uint32) for run in runs)
+        return int(self._native.unite(arrays, np.array(bits, np.uint64), positions, sets))
+
     def switch(self, tensors: TensorSet, old: UndoLog, new: UndoLog) -> SwitchCounts:
         """See Kernels."""
         plans = self.bind(tensors, old.plan), self.bind(tensors, new.plan)
@@ -136,9 +165,9 @@ class CKernels:
         arguments = (plans[0], old.fields, old.filled, plans[1], new.fields, new.filled, n_threads)
         return SwitchCounts(*self._native.switch(*arguments))
 
-    def touch(self, tensors: TensorSet, plan: Plan, n_threads: int = 1) -> None:
-        """Read and write back one byte of each of the plan's units: what no switch can be faster than."""
-        self._native.touch(self.bind(tensors, plan), n_threads)
+    def touch(self, tensors: TensorSet, plan: Plan) -> None:
+        """See Kernels."""
+        self._native.touch(self.bind(tensors, plan), self.threads_for(len(plan.positions)))
 
     def bind(self, tensors: TensorSet, plan: Plan) -> _kernels.Plan:
         """`plan` checked against `tensors`. Kept as long as the plan lives if nobody can change its arrays."""
@@ -146,7 +175,7 @@ class CKernels:
         if known is not None and known[0] is tensors:
             return known[1]
         arrays = _arrays(plan)
-        bound = self._native.plan(tensors, arrays)
+        bound: _kernels.Plan = self._native.plan(tensors, arrays)
         if not any(array.flags.writeable for array in arrays):
             self._plans[plan] = tensors, bound
         return bound
@@ -225,4 +254,6 @@ def _native() -> ModuleType:
             f"the C kernels are not compiled ({error}); reinstall persona-edge where there is a C compiler, "
             "or unset PERSONA_EDGE_KERNELS"
         ) from None
+    if not hasattr(_kernels, "unite"):  # what was added last
+        raise MissingDependencyError("the C kernels were compiled from older sources; reinstall persona-edge")
     return _kernels

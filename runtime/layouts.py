@@ -63,6 +63,12 @@ class FieldMap:
         """How many units a tensor of `n_bytes` has."""
         return n_bytes // self.block_bytes * self.units_per_block
 
+    def first_bytes(self, positions: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Where in a tensor's memory the fields of the units at `positions` (n,) begin."""
+        block, unit = self._locate(positions)
+        first: NDArray[np.int64] = block + self.pieces[unit, 0, 0, 0]
+        return first
+
     def read(self, data: NDArray[np.uint8], positions: NDArray[np.integer]) -> NDArray[np.uint8]:
         """The fields of the units at `positions` (n,), any order: (n, n_field_bytes) uint8."""
         block, unit = self._locate(positions)

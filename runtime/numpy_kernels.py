@@ -16,9 +16,9 @@ from persona_edge.masks import Granularity
 from persona_edge.runtime.dequantize import code_terms, code_values
 from persona_edge.runtime.group_codes import nearest_codes, scale_group_codes
 from persona_edge.runtime.layouts import Units, WeightLayout
-from persona_edge.runtime.plans import SwitchCounts, UndoLog
+from persona_edge.runtime.plans import Plan, SwitchCounts, UndoLog
 
-__all__ = ["Tensor", "check_log", "gather", "scale", "scatter", "switch"]
+__all__ = ["Tensor", "check_log", "gather", "scale", "scatter", "switch", "touch", "unite"]
 
 Fields = NDArray[np.uint8]
 
@@ -59,6 +59,23 @@ def scale(units: Units, fields: Fields, gates: NDArray[np.float32]) -> Fields:
         nearest = nearest_codes(layout.codes, (gates * value - terms.minimum) / terms.scale)
     usable = np.isfinite(terms.scale) & (terms.scale != 0) & np.isfinite(terms.minimum) & (gates != 1)
     return np.where(usable, nearest, codes)[:, None]
+
+
+def unite(runs: Sequence[NDArray[np.uint32]], bits: Sequence[int]) -> tuple[NDArray[np.uint32], NDArray[np.uint64]]:
+    """The union of strictly ascending `runs`, ascending, and for each position the `bits` of the runs it is in.
+
+    ValueError for a run that does not ascend.
+    """
+    if any((run[1:] <= run[:-1]).any() for run in runs):
+        raise ValueError("positions are not ascending")
+    everything = np.concatenate(runs) if runs else np.zeros(0, np.uint32)
+    sets = np.repeat(np.array(bits, np.uint64), [len(run) for run in runs])
+    if len(everything) == 0:
+        return everything, sets
+    order = np.argsort(everything, kind="stable")  # merges the runs, which are sorted already
+    everything, sets = everything[order], sets[order]
+    first = np.flatnonzero(np.concatenate([[True], everything[1:] != everything[:-1]]))
+    return everything[first], np.bitwise_or.reduceat(sets, first)
 
 
 @dataclass(frozen=True)
@@ -148,6 +165,16 @@ def _restore(tensor: Tensor, old: _Segment, which: NDArray[np.intp]) -> tuple[in
     fields = old.fields[which]
     scatter(old.units(tensor, which), fields)
     return len(which), fields.size
+
+
+def touch(tensors: Sequence[Tensor], plan: Plan) -> None:
+    """Read and write back the first byte of each of the plan's units. CHANGES nothing."""
+    for s, index in enumerate(plan.tensors):
+        tensor = tensors[index]
+        units = tensor.layout.fields(1 if plan.granularities[s] == 1 else 32)
+        positions = plan.positions[plan.starts[s] : plan.starts[s + 1]]
+        at = units.first_bytes(positions)
+        tensor.data[at] = tensor.data[at]
 
 
 def check_log(tensors: Sequence[Tensor], log: UndoLog) -> None:

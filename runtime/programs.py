@@ -7,7 +7,8 @@ against its group's scale and the two edits would depend on their order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
@@ -17,8 +18,9 @@ from numpy.typing import NDArray
 
 from persona_edge.errors import InputError
 from persona_edge.masks import Granularity, Plane, Pole
+from persona_edge.runtime.kernels import default_kernels
 
-__all__ = ["Composition", "PersonaProgram", "compile_program", "compose"]
+__all__ = ["Composition", "CompositionCache", "PersonaProgram", "compile_program", "compose"]
 
 _Item = TypeVar("_Item", bound=np.generic)
 _MAX_PLANES = 64  # bits of the set of planes that a unit lies in
@@ -49,8 +51,13 @@ class PersonaProgram:
     def units(self, name: str) -> tuple[Granularity, NDArray[np.uint32], NDArray[np.float32]]:
         """Granularity, positions and gates of one tensor; KeyError when the program does not touch it."""
         t = self._index[name]
-        units = slice(self.starts[t], self.starts[t + 1])
-        return 1 if self.granularities[t] == 1 else 32, self.positions[units], self.gates[self.mixes[units]]
+        gates = self.gates[self.mixes[self.starts[t] : self.starts[t + 1]]]
+        return *self.positions_of(name), gates
+
+    def positions_of(self, name: str) -> tuple[Granularity, NDArray[np.uint32]]:
+        """Granularity and positions of one tensor, without a copy; KeyError when the program does not touch it."""
+        t = self._index[name]
+        return 1 if self.granularities[t] == 1 else 32, self.positions[self.starts[t] : self.starts[t + 1]]
 
     @cached_property
     def _index(self) -> dict[str, int]:
@@ -71,6 +78,11 @@ class Composition:
     mixes: NDArray[np.uint16]
     members: NDArray[np.bool_]
     plane_gates: NDArray[np.float64]
+
+    @property
+    def n_bytes(self) -> int:
+        """What its arrays take that grow with the number of units."""
+        return self.positions.nbytes + self.mixes.nbytes
 
     def at(self, strength: float) -> PersonaProgram:
         """The program at `strength` >= 0: a plane's gate g becomes 1 + strength * (g - 1). Shares arrays where it can.
@@ -107,6 +119,33 @@ class Composition:
         return _frozen(gates)
 
 
+class CompositionCache:
+    """The compositions used last, as many as fit into a number of bytes: 6 for each unit. Not safe in several threads.
+
+    What does not fit is composed again when it is asked for. One that is larger than all the room is kept alone.
+    """
+
+    def __init__(self, poles_of: Callable[[str], Sequence[Pole]], max_bytes: int = 48 << 20) -> None:
+        """`poles_of` gives the poles of a persona by its name, and may raise."""
+        self._poles_of = poles_of
+        self._max_bytes = max_bytes
+        self._held: OrderedDict[str, Composition] = OrderedDict()
+
+    @property
+    def n_bytes(self) -> int:
+        """What the compositions held take."""
+        return sum(composition.n_bytes for composition in self._held.values())
+
+    def program(self, name: str, strength: float) -> PersonaProgram:
+        """The program of a persona at a strength. Raises what `compose` and `Composition.at` raise."""
+        if name not in self._held:
+            self._held[name] = compose(self._poles_of(name))
+        self._held.move_to_end(name)
+        while len(self._held) > 1 and self.n_bytes > self._max_bytes:
+            self._held.popitem(last=False)
+        return self._held[name].at(strength)
+
+
 def compile_program(poles: Sequence[Pole], strength: float = 1.0) -> PersonaProgram:
     """The program of a composition of poles at one strength. Raises InputError; see `compose` and `Composition.at`."""
     return compose(poles).at(strength)
@@ -125,40 +164,50 @@ def compose(poles: Sequence[Pole]) -> Composition:
     if not np.isfinite(gates).all():
         raise InputError(f"plane gates {gates.tolist()} are not all finite; export the pack again")
     names = sorted({name for plane in planes for name, p in plane.positions.items() if len(p)})
-    tensors = [_union(name, planes) for name in names]
-    bits = np.concatenate([sets for _, _, sets in tensors]) if tensors else np.zeros(0, np.uint64)
-    mixes, members = _number_mixes(bits, len(planes))
+    granularities = [_granularity(name, planes) for name in names]
+    total = sum(plane.n_positions for plane in planes)
+    positions, sets = np.empty(total, np.uint32), np.empty(total, np.uint64)
+    counts: list[int] = []
+    n = 0
+    for name in names:
+        counts.append(_unite(name, planes, positions[n:], sets[n:]))
+        n += counts[-1]
+    mixes, members = _number_mixes(sets[:n], len(planes))
     return Composition(
         tuple(names),
-        _frozen(np.array([granularity for granularity, _, _ in tensors], np.int32)),
-        _offsets([len(positions) for _, positions, _ in tensors]),
-        _frozen(np.concatenate([p for _, p, _ in tensors]) if tensors else np.zeros(0, np.uint32)),
+        _frozen(np.array(granularities, np.int32)),
+        _offsets(counts),
+        _frozen(positions[:n].copy()),
         _frozen(mixes),
         members,
         gates,
     )
 
 
-def _union(name: str, planes: Sequence[Plane]) -> tuple[Granularity, NDArray[np.uint32], NDArray[np.uint64]]:
-    """One tensor's granularity, ascending positions, and for each the set of planes it lies in, as bits."""
-    touching = [
-        (i, plane, plane.positions[name]) for i, plane in enumerate(planes) if len(plane.positions.get(name, ()))
-    ]
-    if len({plane.granularity for _, plane, _ in touching}) > 1:
+def _granularity(name: str, planes: Sequence[Plane]) -> Granularity:
+    """The one granularity at which the planes gate a tensor."""
+    found = {plane.granularity for plane in planes if len(plane.positions.get(name, ()))}
+    if len(found) > 1:
         raise InputError(
             f"{name}: group masks and weight masks cannot be combined in one tensor; compose poles of one kind"
         )
-    for _, _, positions in touching:
-        if positions.dtype != np.uint32 or (positions[1:] <= positions[:-1]).any():
-            raise InputError(f"{name}: a plane's positions must be strictly ascending uint32")
-    everything = np.concatenate([positions for _, _, positions in touching])
-    sets = np.repeat(np.array([1 << i for i, _, _ in touching], np.uint64), [len(p) for _, _, p in touching])
-    if len(touching) > 1:
-        order = np.argsort(everything, kind="stable")  # merges the runs, which are sorted already
-        everything, sets = everything[order], sets[order]
-        first = np.flatnonzero(np.concatenate([[True], everything[1:] != everything[:-1]]))
-        everything, sets = everything[first], np.bitwise_or.reduceat(sets, first)
-    return touching[0][1].granularity, everything, sets
+    return found.pop()
+
+
+def _unite(name: str, planes: Sequence[Plane], positions: NDArray[np.uint32], sets: NDArray[np.uint64]) -> int:
+    """Fill in one tensor's positions, ascending, and the set of planes each lies in, as bits. Returns how many."""
+    runs, bits = [], []
+    for i, plane in enumerate(planes):
+        run = plane.positions.get(name)
+        if run is not None and len(run):
+            runs.append(run)
+            bits.append(1 << i)
+    try:
+        if any(run.dtype != np.uint32 for run in runs):
+            raise ValueError
+        return default_kernels().unite(runs, bits, positions, sets)
+    except ValueError:
+        raise InputError(f"{name}: a plane's positions must be strictly ascending uint32") from None
 
 
 def _number_mixes(bits: NDArray[np.uint64], n_planes: int) -> tuple[NDArray[np.uint16], NDArray[np.bool_]]:

@@ -26,7 +26,7 @@ FLOATS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 ZERO_CODE = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 0, "Q6_K": 32, "Q3_K": 4, "TQ2_0": 1}
 """The code that stands for 0, where codes are offset; 0 for the others, which have a minimum or a codebook."""
 CODE_BITS = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q2_K": 2, "Q3_K": 3, "Q4_K": 4, "Q5_K": 5, "Q6_K": 6}
-LARGEST_CODE = {name: 2**bits - 1 for name, bits in CODE_BITS.items()} | {"TQ2_0": 2}
+LARGEST_CODE: dict[str, int] = {name: 2**bits - 1 for name, bits in CODE_BITS.items()} | {"TQ2_0": 2}
 SCALE_RANGE = {"Q2_K": (0, 15), "Q3_K": (-32, 31), "Q4_K": (0, 63), "Q5_K": (0, 63), "Q6_K": (-128, 127),
                "IQ4_XS": (-32, 31)}  # fmt: skip
 
@@ -82,7 +82,8 @@ def _nearest_code(name: str, wanted: Fraction) -> int:
         return min(range(16), key=lambda code: abs(BOOKS[name][code] - wanted))
     if name == "Q8_0":
         return max(-128, min(127, round(wanted))) & 0xFF
-    return max(0, min(LARGEST_CODE[name], round(wanted) + ZERO_CODE.get(name, 0)))
+    nearest: int = round(wanted) + ZERO_CODE.get(name, 0)
+    return max(0, min(LARGEST_CODE[name], nearest))
 
 
 def gate_weight(name: str, raw: bytes, weight: int, gate: float) -> bytes:

@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from persona_edge.errors import InputError, ModelMismatchError, UnsupportedModelError, WeightAccessError
 from persona_edge.masks import Granularity
 from persona_edge.runtime.kernels import Kernels, default_kernels
-from persona_edge.runtime.layouts import LAYOUTS, WeightLayout, layout_of
+from persona_edge.runtime.layouts import LAYOUTS, Units, WeightLayout, layout_of
 from persona_edge.runtime.plans import Plan, SwitchCounts, UndoLog
 from persona_edge.runtime.programs import Composition, PersonaProgram, compile_program, compose
+from persona_edge.runtime.residue import Residue, residue
 
 __all__ = ["Composition", "PersonaProgram", "SwitchStats", "Switcher", "WeightTensor", "compile_program", "compose"]
 
@@ -122,6 +123,35 @@ class Switcher:
         with self._lock:
             self._plan(program)
 
+    def touch(self, program: PersonaProgram) -> float:
+        """Seconds to read and write back one byte of each unit that `program` gates: no switch to it can be faster.
+
+        For measurements; the weights stay as they are. Raises what `apply` raises.
+        """
+        with self._lock:
+            plan = self._plan(program)
+            started = time.perf_counter()
+            self._kernels.touch(self._memory, plan)
+            return time.perf_counter() - started
+
+    def residues(self, program: PersonaProgram) -> dict[str, Residue]:
+        """How far from its gates `program` would land, by tensor, as residue.py measures it. Writes nothing.
+
+        Slow: reads every weight of the tensors concerned. Raises InputError while a program is active, for it compares
+        with the base weights; and what `apply` raises.
+        """
+        with self._lock:
+            self._finish_restoring()
+            if self._state.program is not None:
+                raise InputError("residues are measured on the base weights; restore them first")
+            self._plan(program)
+            return {name: self._residue(program, name) for name in program.names}
+
+    def _residue(self, program: PersonaProgram, name: str) -> Residue:
+        granularity, positions, gates = program.units(name)
+        tensor = self._tensors[name]
+        return residue(Units(layout_of(tensor.ggml_type), granularity, tensor.data, positions), gates)
+
     def _switch(self, after: _State, started: float) -> SwitchStats:
         before = self._state
         self._interrupted = (after.log, before.log)
@@ -157,8 +187,10 @@ class Switcher:
         layouts = [self._layout(name) for name in program.names]
         widths = []
         for t, name in enumerate(program.names):
-            granularity, positions, gates = program.units(name)
-            _check_units(self._tensors[name], layouts[t], granularity, positions, gates)
+            granularity, positions = program.positions_of(name)
+            _check_units(self._tensors[name], granularity, positions)
+            if program.gates.min() < 0 and not layouts[t].allows_negative(granularity):
+                _check_signs(name, layouts[t], program.units(name)[2])
             widths.append(layouts[t].fields(granularity).n_field_bytes)
         sizes = np.diff(program.starts) * np.array(widths, np.int64)
         return Plan(
@@ -222,13 +254,7 @@ def _check_shape(program: PersonaProgram) -> None:
         raise InputError("the program has units without a finite gate; make it with compile_program")
 
 
-def _check_units(
-    tensor: WeightTensor,
-    layout: WeightLayout,
-    granularity: Granularity,
-    positions: NDArray[np.uint32],
-    gates: NDArray[np.float32],
-) -> None:
+def _check_units(tensor: WeightTensor, granularity: Granularity, positions: NDArray[np.uint32]) -> None:
     if tensor.n_columns % granularity:
         raise ModelMismatchError(
             f"{tensor.name}: {tensor.n_columns} columns do not divide into groups of {granularity}"
@@ -243,8 +269,11 @@ def _check_units(
             f"{tensor.name}: the pack gates unit {positions[-1]} and the model has {n_units}; "
             "use a pack made from this model"
         )
-    if not layout.allows_negative(granularity) and (gates < 0).any():
+
+
+def _check_signs(name: str, layout: WeightLayout, gates: NDArray[np.float32]) -> None:
+    if (gates < 0).any():
         raise UnsupportedModelError(
-            f"{tensor.name}: the gate {gates.min():g} is negative and the group scales of {layout.name} have no sign; "
+            f"{name}: the gate {gates.min():g} is negative and the group scales of {layout.name} have no sign; "
             "use a strength of at most 1, or another quantization"
         )

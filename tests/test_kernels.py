@@ -161,6 +161,53 @@ def test_every_fp16_and_bf16_times_a_gate(seed: int, gate: float) -> None:
         np.testing.assert_array_equal(C.scale(units, fields, gates), NUMPY.scale(units, fields, gates))
 
 
+def mxfp4_block(exponent: int, codes: list[int]) -> NDArray[np.uint8]:
+    """One block: 16 codes that stand in the first and in the second half alike."""
+    return np.array([exponent, *(code | code << 4 for code in codes)], np.uint8)
+
+
+@every_kernels
+@pytest.mark.parametrize(
+    ("gate", "exponent", "codes"),
+    [
+        (0.0, 120, [0] * 8),
+        (0.5, 119, [0, 1, 2, 3, 4, 5, 6, 7]),
+        (-4.0, 122, [0, 9, 10, 11, 12, 13, 14, 15]),
+        (0.75, 120, [0, 1, 1, 2, 3, 4, 5, 6]),  # 0.75 1.5 2.25 3 4.5 6 9 of the values 1 2 3 4 6 8 12
+        (1.5, 121, [0, 1, 1, 2, 3, 4, 5, 6]),  # twice as much
+        (2.0**-130, 0, [0, 0, 0, 0, 0, 0, 0, 0]),  # below the smallest power: 2^-10 of each is left
+        (2.0**127, 247, [0, 1, 2, 3, 4, 5, 6, 7]),
+        (2.0**127 * 1.5, 248, [0, 1, 1, 2, 3, 4, 5, 6]),
+    ],
+)
+def test_what_a_gate_makes_of_an_mxfp4_group(kernels: Kernels, gate: float, exponent: int, codes: list[int]) -> None:
+    data = mxfp4_block(120, [*range(8), *range(8)])
+    units = Units(layout_of(39), 32, data, np.zeros(1, np.uint32))
+    scaled = kernels.scale(units, kernels.gather(units), np.array([gate], np.float32))
+    np.testing.assert_array_equal(scaled[0], mxfp4_block(exponent, [*codes, *codes]))
+
+
+@every_kernels
+def test_at_the_end_of_the_exponents_mxfp4_codes_saturate(kernels: Kernels) -> None:
+    units = Units(layout_of(39), 32, mxfp4_block(253, [*range(16)]), np.zeros(1, np.uint32))
+    scaled = kernels.scale(units, kernels.gather(units), np.array([8.0], np.float32))
+    # The exponent takes a factor of 2, the codes one of 4: 1 2 3 4 6 8 12 become 4 8 12 12 12 12 12.
+    np.testing.assert_array_equal(scaled[0], mxfp4_block(254, [0, 4, 6, 7, 7, 7, 7, 7, 0, 12, 14, 15, 15, 15, 15, 15]))
+
+
+@every_kernels
+def test_a_ternary_group_is_dropped_kept_or_turned_round(kernels: Kernels) -> None:
+    layout = layout_of(35)
+    data = np.full(layout.block_bytes, 0b00011000, np.uint8)  # codes 0 2 1 0 in each byte: -1 1 0 -1
+    units = Units(layout, 32, data, np.zeros(1, np.uint32))
+    fields = kernels.gather(units)
+    for gate, code in ((0.0, 1), (0.5, 1), (0.51, 0), (3.0, 0), (-1.0, 2), (-0.4, 1)):  # of a weight of -1
+        scaled = kernels.scale(units, fields, np.array([gate], np.float32))
+        kernels.scatter(units, scaled)
+        np.testing.assert_array_equal(data[:32] & 3, code)
+        kernels.scatter(units, fields)
+
+
 def fixed_program(layout: WeightLayout, positions: list[int], granularity: int = 32) -> tuple[NDArray[np.uint8], Plan]:
     """A tensor of two blocks' worth of groups and a plan that silences the units at `positions`."""
     width = layout.fields(1 if granularity == 1 else 32).n_field_bytes
@@ -238,6 +285,13 @@ def test_c_refuses_read_only_memory_and_broken_layouts() -> None:
     for broken in (words[:-1], np.append(words, 0), outside, too_many):
         with pytest.raises(ValueError, match="not a valid layout"):
             native.layout(np.asarray(broken, np.int32))
+
+
+@needs_c
+def test_an_extension_of_older_sources_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("persona_edge.runtime._kernels.unite")
+    with pytest.raises(MissingDependencyError, match="older sources; reinstall"):
+        CKernels()
 
 
 @pytest.mark.parametrize(("wanted", "expected"), [("numpy", "numpy"), ("c", "c"), ("", "c")])

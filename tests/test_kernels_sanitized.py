@@ -15,7 +15,7 @@ from persona_edge.runtime.kernels import layout_words
 from persona_edge.runtime.layouts import LAYOUTS
 
 ROOT = Path(__file__).parent.parent
-CORE = [ROOT / "runtime" / "csrc" / name for name in ("layout.c", "fields.c", "group_codes.c", "switch.c")]
+CORE = [ROOT / "runtime" / "csrc" / name for name in ("layout.c", "fields.c", "group_codes.c", "switch.c", "unite.c")]
 HARNESS = ROOT / "tests" / "csrc" / "exercise_kernels.c"
 WARNINGS = ["-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Wconversion", "-Wno-sign-conversion", "-Werror"]
 SANITIZERS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
@@ -68,6 +68,16 @@ def test_no_sanitizer_complains_and_every_byte_comes_back(exercise: Path, layout
     assert run.returncode == 0, run.stderr
     assert run.stdout == f"{len(LAYOUTS)} layouts\n"
     assert run.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("planted", "found"), [("address", "ERROR: AddressSanitizer"), ("undefined", "runtime error: shift")]
+)
+def test_a_planted_error_is_found(exercise: Path, layouts: Path, planted: str, found: str) -> None:
+    """Or the silence of the test above would say nothing."""
+    run = subprocess.run([exercise, layouts, "0", planted], capture_output=True, text=True, check=False)
+    assert run.returncode != 0
+    assert found in run.stderr
 
 
 def test_the_core_compiles_without_a_warning_when_optimized(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ import pytest
 
 from persona_edge.errors import InputError
 from persona_edge.masks import Granularity, Plane, Pole
-from persona_edge.runtime.programs import compile_program, compose
+from persona_edge.runtime import numpy_kernels
+from persona_edge.runtime.kernels import NumpyKernels, default_kernels
+from persona_edge.runtime.programs import CompositionCache, compile_program, compose
 
 
 def pole(gate: float, positions: Mapping[str, Sequence[int]], granularity: Granularity = 32) -> Pole:
@@ -80,3 +82,46 @@ def test_compose_refuses_what_it_cannot_flatten() -> None:
         compose([pole(0.0, {"Q4_1": [1]})] * 65)
     with pytest.raises(InputError, match="overflows"):
         compile_program([pole(1e30, {"Q4_1": [1]})] * 2)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_c_and_numpy_unite_alike(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    runs = [np.flatnonzero(rng.random(300) < share).astype(np.uint32) for share in rng.random(seed + 1)]
+    bits = [1 << 13 * i for i in range(len(runs))]
+    expected, expected_sets = numpy_kernels.unite(runs, bits)
+    room = sum(map(len, runs))
+    for kernels in (NumpyKernels(), default_kernels()):
+        positions, sets = np.zeros(room, np.uint32), np.zeros(room, np.uint64)
+        n = kernels.unite(runs, bits, positions, sets)
+        np.testing.assert_array_equal(positions[:n], expected)
+        np.testing.assert_array_equal(sets[:n], expected_sets)
+        with pytest.raises(ValueError, match="ascending"):
+            kernels.unite([np.array([3, 3], np.uint32)], [1], positions, sets)
+
+
+def test_the_cache_keeps_what_fits_and_strengths_share_arrays() -> None:
+    asked: list[str] = []
+
+    def poles_of(name: str) -> list[Pole]:
+        asked.append(name)
+        return [pole(0.0, {"Q4_K": range(100)})]
+
+    cache = CompositionCache(poles_of, max_bytes=2 * 600)
+    whole, half = cache.program("a", 1.0), cache.program("a", 0.5)
+    assert whole.positions is half.positions
+    assert whole.mixes is half.mixes
+    cache.program("b", 1.0)
+    cache.program("a", 0.3)
+    assert (asked, cache.n_bytes) == (["a", "b"], 1200)
+    cache.program("c", 1.0)  # b, used longest ago, goes
+    cache.program("a", 1.0)
+    cache.program("b", 1.0)
+    assert asked == ["a", "b", "c", "b"]
+    assert cache.n_bytes == 1200
+
+
+def test_a_composition_larger_than_the_cache_is_kept_alone() -> None:
+    cache = CompositionCache(lambda _: [pole(0.0, {"Q4_K": range(100)})], max_bytes=10)
+    assert cache.program("a", 1.0).positions is cache.program("a", 0.5).positions
+    assert cache.n_bytes == 600

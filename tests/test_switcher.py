@@ -202,6 +202,55 @@ def test_threads_may_switch_at_will(kernels: Kernels) -> None:
     assert_memory(tensors, base)
 
 
+@every_kernels
+def test_touching_changes_nothing_and_checks_like_a_switch(kernels: Kernels) -> None:
+    tensors = weights()
+    base = snapshot(tensors)
+    switcher = Switcher(tensors, kernels)
+    assert switcher.touch(compile_program([random_pole("p", 1, weight_tensors=["Q4_1"])])) > 0
+    assert_memory(tensors, base)
+    with pytest.raises(ModelMismatchError, match="no weight 'nowhere'"):
+        switcher.touch(compile_program([pole(0.0, {"nowhere": [1]})]))
+
+
+def test_residues_are_named_by_tensor_and_measured_on_base() -> None:
+    tensors = weights()
+    for name in ("Q4_1", "Q8_0"):
+        tensors[name].data[:] = 1  # no NaN scales
+    base = snapshot(tensors)
+    switcher = Switcher(tensors)
+    program = compile_program([pole(0.0, {"Q4_1": [0, 5], "Q8_0": [7]}, 1), pole(0.5, {"TQ2_0": [1]})])
+    found = switcher.residues(program)
+    assert list(found) == ["Q4_1", "Q8_0", "TQ2_0"]
+    assert found["Q8_0"].worst == 0 < found["Q4_1"].mean <= found["Q4_1"].worst
+    assert_memory(tensors, base)
+    switcher.apply(program)
+    with pytest.raises(InputError, match="restore them first"):
+        switcher.residues(program)
+
+
+@pytest.mark.parametrize("n_threads", [2, 3, 200])
+def test_threads_write_the_same_bytes(n_threads: int) -> None:
+    try:
+        kernels = CKernels(n_threads)
+    except MissingDependencyError:
+        pytest.skip("the C kernels are not compiled here")
+    tensors = weights()
+    base = snapshot(tensors)
+    switcher = Switcher(tensors, kernels)
+    programs = [compile_program([random_pole("p", seed, weight_tensors=["Q5_K"])]) for seed in range(3)]
+    for program in programs:
+        single = Switcher(weights(), CKernels(1)).apply(program)
+        switcher.restore()
+        stats = switcher.apply(program)
+        assert replace(stats, seconds=0) == replace(single, seconds=0)
+        assert_memory(tensors, cold(program))
+    switcher.apply(programs[0])
+    assert_memory(tensors, cold(programs[0]))
+    switcher.restore()
+    assert_memory(tensors, base)
+
+
 # ---- failures half-way ----
 
 

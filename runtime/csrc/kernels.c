@@ -315,6 +315,57 @@ static PyObject *touch(PyObject *module, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+/* ---- compositions ---- */
+
+enum { UNITED, SETS, N_OUTPUTS, MAX_RUNS = 64 };
+
+/* The runs' positions; returns how many views were borrowed, all but for an error. */
+static size_t borrow_runs(pe_sorted *runs, Py_buffer *views, PyObject *arrays, const Py_buffer *bits, size_t n) {
+    for (size_t r = 0; r < n; r++) {
+        if (borrow(PyTuple_GetItem(arrays, (Py_ssize_t)r), &views[r], 0, sizeof(uint32_t), "positions") < 0) return r;
+        runs[r] = (pe_sorted){views[r].buf, n_items(&views[r]), ((const uint64_t *)bits->buf)[r]};
+    }
+    return n;
+}
+
+/* The union, into outputs that are known to be writable; -1 with an exception set. */
+static int64_t unite_into(PyObject *arrays, const Py_buffer *bits, const Py_buffer *outputs) {
+    pe_sorted runs[MAX_RUNS];
+    Py_buffer views[MAX_RUNS];
+    const size_t n_runs = (size_t)PyTuple_Size(arrays);
+    size_t n_borrowed, room = 0;
+    int64_t n = -1;
+    if (n_runs > MAX_RUNS || n_items(bits) != n_runs) return PyErr_SetString(PyExc_ValueError, "too many runs"), -1;
+    n_borrowed = borrow_runs(runs, views, arrays, bits, n_runs);
+    for (size_t r = 0; r < n_borrowed; r++) room += runs[r].n;
+    if (n_borrowed == n_runs) {
+        if (n_items(&outputs[UNITED]) >= room && n_items(&outputs[SETS]) >= room)
+            n = pe_unite(runs, n_runs, outputs[UNITED].buf, outputs[SETS].buf);
+        if (n < 0) PyErr_SetString(PyExc_ValueError, "positions are not ascending, or have no room");
+    }
+    release(views, n_borrowed);
+    return n;
+}
+
+/* unite(runs: tuple, bits, positions, sets) -> how many */
+static PyObject *unite(PyObject *module, PyObject *args) {
+    PyObject *arrays, *bits_array, *objects[N_OUTPUTS];
+    Py_buffer bits, outputs[N_OUTPUTS];
+    int64_t n = -1;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "O!OOO", &PyTuple_Type, &arrays, &bits_array, &objects[UNITED], &objects[SETS])) return NULL;
+    if (borrow(bits_array, &bits, 0, sizeof(uint64_t), "bits") < 0) return NULL;
+    if (borrow(objects[UNITED], &outputs[UNITED], 1, sizeof(uint32_t), "positions") == 0) {
+        if (borrow(objects[SETS], &outputs[SETS], 1, sizeof(uint64_t), "sets") == 0) {
+            n = unite_into(arrays, &bits, outputs);
+            release(&outputs[SETS], 1);
+        }
+        release(&outputs[UNITED], 1);
+    }
+    release(&bits, 1);
+    return n < 0 ? NULL : PyLong_FromLongLong(n);
+}
+
 static PyMethodDef METHODS[] = {
     {"layout", layout, METH_O, "layout(words) -> capsule"},
     {"tensors", tensors, METH_VARARGS, "tensors(layouts, data) -> capsule"},
@@ -324,6 +375,7 @@ static PyMethodDef METHODS[] = {
     {"plan", plan, METH_VARARGS, "plan(tensors, arrays) -> capsule"},
     {"switch", switch_, METH_VARARGS,
      "switch(old plan, fields, filled, new plan, fields, filled, threads) -> (n_tensors, n_units, n_bytes)"},
+    {"unite", unite, METH_VARARGS, "unite(runs, bits, positions, sets) -> how many"},
     {"touch", touch, METH_VARARGS, "touch(plan, threads)"},
     {NULL, NULL, 0, NULL},
 };

@@ -155,6 +155,17 @@ const char *pe_filled_error(const pe_log *log);
  * from `first` to before `end` are touched: calls for others may run at the same time. */
 pe_counts pe_switch(const pe_tensor *tensors, const pe_log *old, const pe_log *next, int32_t first, int32_t end);
 
+/* Strictly ascending positions, and the bits that stand for the set they make. */
+typedef struct {
+    const uint32_t *positions;
+    size_t n;
+    uint64_t set;
+} pe_sorted;
+
+/* The union of up to 64 runs: its positions, ascending, and for each the bits of all runs that it is in. Returns how many,
+ * at most as many as the runs have together; -1 for a run that does not ascend, or too many. */
+int64_t pe_unite(const pe_sorted *runs, size_t n_runs, uint32_t *positions, uint64_t *sets);
+
 /* Read and write back one byte per unit of `plan`, in its order: what a switch cannot be faster than. For measurements. */
 void pe_touch(const pe_tensor *tensors, const pe_log *plan, int32_t first, int32_t end);
 

@@ -6,7 +6,7 @@
 
 #include <string.h>
 
-enum { BATCH = 128, AHEAD = 64 };
+enum { BATCH = 128, SORTED = 1024, AHEAD = 64 };
 
 typedef struct {
     int32_t granularity;
@@ -17,22 +17,23 @@ typedef struct {
     uint8_t *fields;
 } segment;
 
-/* Units waiting to be written; their cache lines have been asked for. `index` is their place in the new segment. */
+/* Units of one kind, ascending, that wait to be written. `index` is their place in the old or new segment. More of them than
+ * one batch, so that those of the next batch are known and can be prefetched. */
 typedef struct {
     size_t n;
-    uint32_t positions[BATCH];
-    size_t index[BATCH];
-    float gates[BATCH];
-    uint8_t fields[BATCH * PE_MAX_FIELD_BYTES];
-} batch;
+    uint32_t index[SORTED];
+    uint32_t positions[SORTED];
+} sorted;
 
 typedef struct {
     const pe_tensor *tensor;
     const pe_map *map;
     int64_t n_units;
-    batch fresh;   /* to gather, log and change */
-    batch changed; /* base field known from the old log: to change */
-    batch undone;  /* back to base */
+    sorted fresh;   /* to gather, log and change */
+    sorted changed; /* base field known from the old log, and in the new one already: to change */
+    sorted undone;  /* back to base */
+    float gates[BATCH];
+    uint8_t fields[BATCH * PE_MAX_FIELD_BYTES];
 } job;
 
 static void copy_field(uint8_t *to, const uint8_t *from, size_t k) {
@@ -41,25 +42,38 @@ static void copy_field(uint8_t *to, const uint8_t *from, size_t k) {
     else memcpy(to, from, k);
 }
 
-static void change(job *work, batch *units, int32_t granularity) {
-    pe_scale(work->tensor->layout, granularity, work->tensor->data, units->positions, units->fields, units->gates,
-             units->n, units->fields);
-    pe_scatter(work->map, work->tensor->data, units->positions, units->n, 0, units->fields);
+/* Write `n` units at `positions` with base fields and gates as in the job. */
+static void change(job *work, int32_t granularity, const uint32_t *positions, size_t n, size_t n_known) {
+    pe_scale(work->tensor->layout, granularity, work->tensor->data, positions, work->fields, work->gates, n, work->fields);
+    pe_scatter(work->map, work->tensor->data, positions, n, n_known, work->fields);
+}
+
+/* Write fresh units, filling the log, or changed ones, whose base fields it has. */
+static void flush_new(job *work, sorted *units, const segment *next, int is_fresh) {
+    const size_t k = work->map->n_field_bytes;
+    for (size_t start = 0; start < units->n; start += BATCH) {
+        const size_t known = units->n - start, n = known < BATCH ? known : BATCH;
+        const uint32_t *index = units->index + start, *positions = units->positions + start;
+        if (is_fresh) pe_gather(work->map, work->tensor->data, positions, n, known, work->fields);
+        for (size_t i = 0; i < n; i++) {
+            uint8_t *logged = next->fields + index[i] * k, *field = work->fields + i * k;
+            copy_field(is_fresh ? logged : field, is_fresh ? field : logged, k);
+            work->gates[i] = next->gates[next->mixes[index[i]]];
+        }
+        change(work, next->granularity, positions, n, is_fresh ? 0 : known);
+    }
     work->n_units += (int64_t)units->n;
     units->n = 0;
 }
 
-static void flush_fresh(job *work, const segment *next) {
+static void flush_undone(job *work, const segment *old) {
     const size_t k = work->map->n_field_bytes;
-    batch *units = &work->fresh;
-    pe_gather(work->map, work->tensor->data, units->positions, units->n, 0, units->fields);
-    for (size_t i = 0; i < units->n; i++) copy_field(next->fields + units->index[i] * k, units->fields + i * k, k);
-    change(work, units, next->granularity);
-}
-
-static void flush_undone(job *work) {
-    batch *units = &work->undone;
-    pe_scatter(work->map, work->tensor->data, units->positions, units->n, 0, units->fields);
+    sorted *units = &work->undone;
+    for (size_t start = 0; start < units->n; start += BATCH) {
+        const size_t known = units->n - start, n = known < BATCH ? known : BATCH;
+        for (size_t i = 0; i < n; i++) copy_field(work->fields + i * k, old->fields + units->index[start + i] * k, k);
+        pe_scatter(work->map, work->tensor->data, units->positions + start, n, known, work->fields);
+    }
     work->n_units += (int64_t)units->n;
     units->n = 0;
 }
@@ -68,15 +82,14 @@ static void flush_undone(job *work) {
 static void change_all(job *work, const segment *next) {
     const size_t k = work->map->n_field_bytes;
     const pe_tensor *tensor = work->tensor;
-    batch *units = &work->fresh;
     for (size_t start = 0; start < next->n; start += BATCH) {
         const size_t n = next->n - start < BATCH ? next->n - start : BATCH;
         const uint32_t *positions = next->positions + start;
         uint8_t *base = next->fields + start * k;
-        for (size_t i = 0; i < n; i++) units->gates[i] = next->gates[next->mixes[start + i]];
+        for (size_t i = 0; i < n; i++) work->gates[i] = next->gates[next->mixes[start + i]];
         pe_gather(work->map, tensor->data, positions, n, next->n - start, base);
-        pe_scale(tensor->layout, next->granularity, tensor->data, positions, base, units->gates, n, units->fields);
-        pe_scatter(work->map, tensor->data, positions, n, 0, units->fields);
+        pe_scale(tensor->layout, next->granularity, tensor->data, positions, base, work->gates, n, work->fields);
+        pe_scatter(work->map, tensor->data, positions, n, 0, work->fields);
     }
     work->n_units += (int64_t)next->n;
 }
@@ -91,54 +104,66 @@ static void undo_all(job *work, const segment *old) {
     work->n_units += (int64_t)old->n;
 }
 
-static void add_fresh(job *work, const segment *next, size_t j) {
-    batch *units = &work->fresh;
-    PE_PREFETCH(work->tensor->data + pe_field_start(work->map, next->positions[j]));
-    units->positions[units->n] = next->positions[j];
-    units->gates[units->n] = next->gates[next->mixes[j]];
-    units->index[units->n++] = j;
-    if (units->n == BATCH) flush_fresh(work, next);
-}
-
-static void add_undone(job *work, const segment *old, size_t i) {
-    const size_t k = work->map->n_field_bytes;
-    batch *units = &work->undone;
-    PE_PREFETCH(work->tensor->data + pe_field_start(work->map, old->positions[i]));
-    units->positions[units->n] = old->positions[i];
-    copy_field(units->fields + units->n++ * k, old->fields + i * k, k);
-    if (units->n == BATCH) flush_undone(work);
-}
-
+/* A unit of both: its base field is known from the old log. */
 static void add_common(job *work, const segment *old, size_t i, const segment *next, size_t j) {
     const size_t k = work->map->n_field_bytes;
-    const float gate = next->gates[next->mixes[j]];
-    batch *units = &work->changed;
+    sorted *units = &work->changed;
     copy_field(next->fields + j * k, old->fields + i * k, k);
-    if (old->gates[old->mixes[i]] == gate) return;
-    PE_PREFETCH(work->tensor->data + pe_field_start(work->map, next->positions[j]));
+    units->index[units->n] = (uint32_t)j;
     units->positions[units->n] = next->positions[j];
-    units->gates[units->n] = gate;
-    copy_field(units->fields + units->n++ * k, old->fields + i * k, k);
-    if (units->n == BATCH) change(work, units, next->granularity);
+    units->n += old->gates[old->mixes[i]] != next->gates[next->mixes[j]];
+}
+
+/* Sort units into old, new and common ones until one kind has no more room. Which comes next is anyone's guess, so it is
+ * counted and not branched upon, but for common ones. */
+static void sort_some(job *work, const segment *old, size_t *old_at, const segment *next, size_t *next_at) {
+    sorted *undone = &work->undone, *fresh = &work->fresh;
+    size_t i = *old_at, j = *next_at;
+    undone->n = fresh->n = work->changed.n = 0;
+    for (size_t step = 0; step < SORTED && i < old->n && j < next->n; step++) {
+        const uint32_t in_old = old->positions[i], in_next = next->positions[j];
+        undone->index[undone->n] = (uint32_t)i;
+        undone->positions[undone->n] = in_old;
+        fresh->index[fresh->n] = (uint32_t)j;
+        fresh->positions[fresh->n] = in_next;
+        undone->n += in_old < in_next;
+        fresh->n += in_next < in_old;
+        if (in_old == in_next) add_common(work, old, i, next, j);
+        i += in_old <= in_next;
+        j += in_next <= in_old;
+    }
+    *old_at = i;
+    *next_at = j;
+}
+
+/* What comes after the first `start` units. */
+static segment rest_of(const segment *units, size_t start, size_t n_field_bytes) {
+    segment rest = *units;
+    rest.n -= start;
+    if (start == 0) return rest;
+    rest.positions += start;
+    rest.mixes += start;
+    rest.fields += start * n_field_bytes;
+    return rest;
 }
 
 /* Both segments of one granularity, or one of them empty. Returns the units written. */
 static int64_t merge(job *work, const pe_tensor *tensor, const segment *old, const segment *next) {
     size_t i = 0, j = 0;
+    segment old_rest, next_rest;
     work->tensor = tensor;
     work->map = pe_map_of(tensor->layout, next->n ? next->granularity : old->granularity);
     work->n_units = 0;
-    work->fresh.n = work->changed.n = work->undone.n = 0;
-    if (old->n == 0) return change_all(work, next), work->n_units;
-    if (next->n == 0) return undo_all(work, old), work->n_units;
-    while (i < old->n || j < next->n) {
-        if (j == next->n || (i < old->n && old->positions[i] < next->positions[j])) add_undone(work, old, i++);
-        else if (i == old->n || next->positions[j] < old->positions[i]) add_fresh(work, next, j++);
-        else add_common(work, old, i++, next, j++);
+    while (i < old->n && j < next->n) {
+        sort_some(work, old, &i, next, &j);
+        flush_undone(work, old);
+        flush_new(work, &work->changed, next, 0);
+        flush_new(work, &work->fresh, next, 1);
     }
-    flush_undone(work);
-    if (work->changed.n) change(work, &work->changed, next->granularity);
-    if (work->fresh.n) flush_fresh(work, next);
+    old_rest = rest_of(old, i, work->map->n_field_bytes);
+    next_rest = rest_of(next, j, work->map->n_field_bytes);
+    undo_all(work, &old_rest);
+    change_all(work, &next_rest);
     return work->n_units;
 }
 

@@ -1,8 +1,10 @@
 /* Drives the editing core without Python, for sanitizers: every layout, random and extreme units, switches there and back.
  *
- *   exercise_kernels FILE SEED     FILE: int32 words: how many layouts, then for each its number of words and the words
+ *   exercise_kernels FILE SEED [PLANT]   FILE: int32 words: how many layouts, then for each its number of words and the words
  *
- * Tensors are allocated to the byte, so that one step outside is seen. Exit code 0: every byte came back. */
+ * Tensors are allocated to the byte, so that one step outside is seen. Exit code 0: every byte came back.
+ * PLANT makes an error on purpose, to show that it is found: "address" edits one unit past a tensor, "undefined" follows
+ * a layout with an impossible shift. */
 #include "kernels.h"
 
 #include <stdio.h>
@@ -101,12 +103,12 @@ static void checked_switch(const pe_tensor *tensor, const pe_log *old, const pe_
 }
 
 /* base -> A -> B -> base must bring back every byte, whatever the granularities. */
-static void there_and_back(const pe_tensor *tensor) {
+static void there_and_back(const pe_tensor *tensor, int32_t first, int32_t second) {
     static const int64_t zero[1] = {0};
     const pe_log nothing = {0, 0, 0, 0, NULL, NULL, zero, zero, NULL, NULL, NULL, NULL, NULL};
     uint8_t *base = allocate(tensor->n_bytes);
-    owned_log *a = make_log(tensor, random_below(2) ? 32 : 1, 1 + random_below(6));
-    owned_log *b = make_log(tensor, random_below(2) ? 32 : 1, 1 + random_below(6));
+    owned_log *a = make_log(tensor, first, 1 + random_below(6));
+    owned_log *b = make_log(tensor, second, 1 + random_below(6));
     memcpy(base, tensor->data, tensor->n_bytes);
     checked_switch(tensor, &nothing, &a->log);
     checked_switch(tensor, &a->log, &b->log);
@@ -127,7 +129,7 @@ static void exercise(const pe_layout *layout) {
     for (int round = 0; round < N_ROUNDS; round++) {
         tensor.data = allocate(tensor.n_bytes);
         fill(tensor.data, tensor.n_bytes);
-        there_and_back(&tensor);
+        there_and_back(&tensor, round & 1 ? 32 : 1, round & 2 ? 32 : 1);
         free(tensor.data);
     }
 }
@@ -161,10 +163,52 @@ static void mutate(const int32_t *words, size_t n) {
     free(changed);
 }
 
+/* Unions of up to four runs against counting; a run that does not ascend is refused. */
+static void exercise_unite(void) {
+    enum { N_RUNS = 4, LIMIT = 100 };
+    uint64_t expected[LIMIT] = {0};
+    pe_sorted runs[N_RUNS];
+    size_t n_distinct = 0, room = 0;
+    for (size_t r = 0; r < N_RUNS; r++) {
+        const uint32_t sparsity = 1 + random_below(9);
+        uint32_t *positions = allocate(LIMIT * sizeof *positions);
+        runs[r] = (pe_sorted){positions, 0, (uint64_t)1 << (16 * r)};
+        for (uint32_t p = 0; p < LIMIT; p++)
+            if (random_below(sparsity) == 0) positions[runs[r].n++] = p, expected[p] |= runs[r].set;
+        room += runs[r].n;
+    }
+    for (uint32_t p = 0; p < LIMIT; p++) n_distinct += expected[p] != 0;
+    uint32_t *positions = allocate(room * sizeof *positions);
+    uint64_t *sets = allocate(room * sizeof *sets);
+    if (pe_unite(runs, N_RUNS, positions, sets) != (int64_t)n_distinct) fail("a union has another size");
+    for (size_t i = 0; i < n_distinct; i++)
+        if (sets[i] != expected[positions[i]] || (i && positions[i] <= positions[i - 1])) fail("a union is wrong");
+    if (runs[0].n > 1) {
+        ((uint32_t *)runs[0].positions)[1] = 0;
+        if (pe_unite(runs, N_RUNS, positions, sets) != -1) fail("a run that does not ascend was accepted");
+    }
+    for (size_t r = 0; r < N_RUNS; r++) free((void *)runs[r].positions);
+    free(positions);
+    free(sets);
+}
+
+static void plant(pe_layout *layout, const char *kind) {
+    static const int64_t zero[1] = {0};
+    const pe_log nothing = {0, 0, 0, 0, NULL, NULL, zero, zero, NULL, NULL, NULL, NULL, NULL};
+    pe_tensor tensor = {layout, NULL, layout->group.block_bytes};
+    owned_log *plan;
+    tensor.data = allocate(tensor.n_bytes);
+    memset(tensor.data, 1, tensor.n_bytes);
+    plan = make_log(&tensor, 32, 1);
+    if (strcmp(kind, "address") == 0) plan->positions[plan->log.n_units - 1]++;
+    else layout->group.is_contiguous = 0, layout->group.pieces[0].n_bits = 40;
+    pe_switch(&tensor, &nothing, &plan->log, 0, 1);
+}
+
 int main(int argc, char **argv) {
     static int32_t words[MAX_FILE];
     static pe_layout layout;
-    FILE *file = argc == 3 ? fopen(argv[1], "rb") : NULL;
+    FILE *file = argc == 3 || argc == 4 ? fopen(argv[1], "rb") : NULL;
     size_t n_words, at = 1;
     if (file == NULL) fail("usage: exercise_kernels FILE SEED");
     state = strtoull(argv[2], NULL, 10) * 2 + 1;
@@ -176,11 +220,13 @@ int main(int argc, char **argv) {
         int32_t *exact = allocate(n * sizeof *exact); /* so that reading past the words is seen */
         memcpy(exact, words + at, n * sizeof *exact);
         if (pe_layout_parse(&layout, exact, n) != 0) fail("a good layout was refused");
+        if (argc == 4) plant(&layout, argv[3]);
         exercise(&layout);
         mutate(exact, n);
         free(exact);
         at += n;
     }
+    for (int round = 0; round < N_ROUNDS; round++) exercise_unite();
     printf("%d layouts\n", (int)words[0]);
     return 0;
 }
