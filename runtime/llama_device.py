@@ -1,8 +1,8 @@
-"""Weights in a GPU's memory: edited in a private copy of the file's pages, and what changed is sent there.
+"""Weights in a GPU's memory, or repacked: edited in a private copy of the file's pages, and what changed is sent there.
 
-The CPU cannot address such a tensor, but its bytes are the file's. So an edit goes to the file, mapped copy-on-write,
-which takes memory for the touched pages only; then the stretches of the tensor that hold an edited block are written
-through ggml (`ggml_backend_tensor_set`). Reading, for a digest, goes through ggml too.
+The CPU cannot address such a tensor as the file has it, but its contents are the file's. So an edit goes to the file,
+mapped copy-on-write, which takes memory for the touched pages only; then the stretches of the tensor that hold an
+edited block are written through ggml (`ggml_backend_tensor_set`). Reading, for a digest, goes through ggml too.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from persona_edge.runtime.switcher import WeightTensor
 __all__ = ["DeviceMirror", "DeviceTensor", "check_device", "file_copy"]
 
 STRETCH = 1 << 18  # bytes sent at once: about what a bus moves in the time that a call takes
+REPACKED = "CPU_REPACK"
 _DEVICES = ("CUDA", "ROCm", "MUSA", "MTL", "Metal", "Vulkan", "SYCL")
 _SAMPLE = 4096  # bytes compared at the beginning and at the end of each tensor
 
@@ -31,15 +32,19 @@ _SAMPLE = 4096  # bytes compared at the beginning and at the end of each tensor
 class DeviceTensor(WeightTensor):
     """A tensor that ggml alone can address. `data` is what it should hold; `write` sends a part of that there.
 
-    `owner` is the model, which lives as long as this.
+    A `repacked` tensor takes the whole of it or nothing, and cannot be read back. `owner` is the model, which lives as
+    long as this.
     """
 
     library: LlamaLibrary
     handle: int
     owner: object
+    repacked: bool = False
 
     def read(self, start: int = 0, stop: int | None = None) -> NDArray[np.uint8]:
-        """Bytes `start` to `stop` as the device has them."""
+        """Bytes `start` to `stop` as the device has them; of a repacked tensor, as they were sent."""
+        if self.repacked:
+            return self.data[start:stop]
         found = np.empty((self.data.size if stop is None else stop) - start, np.uint8)
         self.library.ggml.ggml_backend_tensor_get(self.handle, found.ctypes.data, start, found.size)
         return found
@@ -50,8 +55,8 @@ class DeviceTensor(WeightTensor):
 
 
 def check_device(name: str, buffer_kind: str) -> None:
-    """WeightAccessError unless buffers of `buffer_kind` keep a tensor's bytes as the file has them, part by part."""
-    if not buffer_kind.startswith(_DEVICES):
+    """WeightAccessError unless buffers of `buffer_kind` take a tensor's bytes as the file has them."""
+    if not buffer_kind.startswith((*_DEVICES, REPACKED)):
         raise WeightAccessError(
             f"{name} lies in a {buffer_kind} buffer, whose weights cannot be edited; open the model with n_gpu_layers=0"
         )
@@ -92,7 +97,8 @@ class DeviceMirror:
         """Send what may have changed since. When it is interrupted, the next call sends the rest."""
         for name in list(self._stale):
             tensor = self._tensors[name]
-            for first, last in _runs(self._stale[name]):
+            end = -(-tensor.data.size // STRETCH)
+            for first, last in [(0, end)] if tensor.repacked else _runs(self._stale[name]):
                 tensor.write(first * STRETCH, min(last * STRETCH, tensor.data.size))
             del self._stale[name]
 

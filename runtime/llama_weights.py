@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from persona_edge.errors import ModelError, ModelFileError, UnsupportedModelError, WeightAccessError
 from persona_edge.gguf_magic import check_is_gguf
-from persona_edge.runtime.llama_device import DeviceTensor, check_device, file_copy
+from persona_edge.runtime.llama_device import REPACKED, DeviceTensor, check_device, file_copy
 from persona_edge.runtime.llama_files import ModelPart, damaged, read_parts
 from persona_edge.runtime.llama_library import GgmlTensor, LlamaLibrary, load_library
 from persona_edge.runtime.llama_lookup import TensorLookup, tensor_handles
@@ -67,6 +67,8 @@ class LlamaModel:
         self.n_gpu_layers = _ALL_LAYERS if n_gpu_layers < 0 else n_gpu_layers
         n_bytes = sum(part.path.stat().st_size for part in self.parts)
         self.placement = choose_placement(weights, n_bytes, self.n_gpu_layers if self.library.has_gpu else 0)
+        if self.placement.kind == "repacked":
+            _check_no_amx(self.library)
         self._load()
         self.architecture = self.metadata("general.architecture") or "unknown"
         _check_generates_text(self)
@@ -101,8 +103,7 @@ class LlamaModel:
         return {name: found[name] for name in self.file_tensor_names if name in found}
 
     def _load(self) -> None:
-        is_mapped = self.placement.kind == "mmap"
-        params = _editable_params(self.library.api, is_mapped=is_mapped, n_gpu_layers=self.n_gpu_layers)
+        params = _editable_params(self.library.api, self.placement, n_gpu_layers=self.n_gpu_layers)
         self._handle = _load(self.library, self.path, params)
         self._finalizer = weakref.finalize(self, self.library.api.llama_model_free, self._handle)
 
@@ -157,19 +158,28 @@ def _load(library: LlamaLibrary, path: Path, params: ctypes.Structure) -> int:
     raise ModelFileError(damaged(path, reason))
 
 
-def _editable_params(api: SimpleNamespace, *, is_mapped: bool, n_gpu_layers: int) -> ctypes.Structure:
-    """Model parameters that put weights where they can be edited: in the layout of the file.
+def _editable_params(api: SimpleNamespace, placement: Placement, *, n_gpu_layers: int) -> ctypes.Structure:
+    """Model parameters that put weights where they can be edited: in the layout of the file, unless they are repacked.
 
     `load_mode` replaced `use_mmap` within the range of versions that are supported.
     """
     params: ctypes.Structure = api.llama_model_default_params()
     params.n_gpu_layers = n_gpu_layers
-    params.use_extra_bufts = False
+    params.use_extra_bufts = placement.kind == "repacked"
+    is_mapped = placement.kind == "mmap"
     if hasattr(params, "load_mode"):
         params.load_mode = api.LLAMA_LOAD_MODE_MMAP if is_mapped else api.LLAMA_LOAD_MODE_NONE
     else:
         params.use_mmap = is_mapped
     return params
+
+
+def _check_no_amx(library: LlamaLibrary) -> None:
+    """With AMX, llama.cpp repacks into tiles of its own. Some virtual machines announce AMX and die of it."""
+    if b"AMX_INT8 = 1" in library.api.llama_print_system_info():
+        raise WeightAccessError(
+            "on a processor with AMX repacked weights cannot be edited; open it with weights='auto'"
+        )
 
 
 def _check_generates_text(model: LlamaModel) -> None:
@@ -206,8 +216,10 @@ def _weight_tensor(model: LlamaModel, name: str, handle: int, in_file: _FileCopy
     if _is_in_reach(model, tensor.buffer):
         data: NDArray[np.uint8] = np.asarray(_Memory(tensor.data, n_bytes, model))
         return WeightTensor(name, int(tensor.type), n_rows, n_columns, data)
-    check_device(name, ggml.ggml_backend_buffer_name(tensor.buffer).decode())
-    return DeviceTensor(name, int(tensor.type), n_rows, n_columns, in_file[name], model.library, handle, model)
+    kind = ggml.ggml_backend_buffer_name(tensor.buffer).decode()
+    check_device(name, kind)
+    ggml_type, data, is_repacked = int(tensor.type), in_file[name], kind.startswith(REPACKED)
+    return DeviceTensor(name, ggml_type, n_rows, n_columns, data, model.library, handle, model, repacked=is_repacked)
 
 
 class _FileCopy:

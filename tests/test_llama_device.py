@@ -6,20 +6,27 @@ No GPU is needed: plain CPU memory is taken for a device's, so that every read a
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 
 from persona_edge.errors import InputError, WeightAccessError
+from persona_edge.machine import cpu_flags
+from persona_edge.maskpack import MaskPack, encode_pack
 from persona_edge.runtime import llama_device, llama_weights
 from persona_edge.runtime.llama_device import DeviceMirror, DeviceTensor
+from persona_edge.runtime.llama_library import load_library
 from persona_edge.runtime.llama_weights import LlamaModel, find_tensors, weights_digest
 from persona_edge.runtime.placement import choose_placement
 from persona_edge.runtime.session import PersonaRuntime, SamplingOptions
 from tests.test_llama_weights import write_tiny_llama
-from tests.tiny_chat import write_model_and_pack
+from tests.tiny_chat import personas_for, write_model, write_model_and_pack
 
 GREEDY = SamplingOptions(temperature=0, max_tokens=6)
 STATES = (("INFP", 1.0), ("ENTJ", 1.0), ("ENTJ", 0.4), ("INFP", 0.7))
@@ -175,5 +182,65 @@ def test_gpu_layers_without_a_gpu_change_nothing(folder: Path) -> None:
 
 def test_layers_on_a_gpu_are_not_mapped() -> None:
     assert choose_placement("auto", 5_000_000_000, 10).text == "in the heap: some layers are on the GPU"
-    with pytest.raises(InputError, match="weights='mmap' does not go with GPU layers"):
-        choose_placement("mmap", 1, 10)
+    for weights in ("mmap", "repacked"):
+        with pytest.raises(InputError, match=f"weights='{weights}' does not go with GPU layers"):
+            choose_placement(weights, 1, 10)
+
+
+# Repacked
+
+
+def test_a_switch_of_repacked_weights_is_loading_the_edited_file(tmp_path: Path) -> None:
+    """A file with the bytes of the masked weights, loaded repacked, computes the same to the bit."""
+    path = write_model(tmp_path / "model.gguf", quantization=gguf.GGMLQuantizationType.Q4_0)
+    pack = MaskPack.from_bytes(encode_pack(personas_for(path))[0])
+    with PersonaRuntime.open(path, pack, n_threads=1, weights="heap") as runtime:
+        runtime.switch("INFP")
+        masked = bytearray(path.read_bytes())
+        for tensor in runtime._model.parts[0].tensors:
+            masked[tensor.offset : tensor.offset + tensor.n_bytes] = runtime._tensors[tensor.name].data.tobytes()
+        digest, tokens = runtime.weights_digest(), runtime.tokenize("what is this")
+    (tmp_path / "masked.gguf").write_bytes(masked)
+    with PersonaRuntime.open(tmp_path / "masked.gguf", n_threads=1, weights="repacked") as baked:
+        if not any(isinstance(tensor, DeviceTensor) for tensor in baked._tensors.values()):
+            pytest.skip("this llama.cpp repacks nothing on this processor")
+        expected = baked.logits(tokens)
+    with PersonaRuntime.open(path, pack, n_threads=1, weights="repacked") as runtime:
+        base, base_logits = runtime.weights_digest(), runtime.logits(tokens)
+        runtime.switch("ENTJ")
+        runtime.switch("INFP")
+        assert np.array_equal(runtime.logits(tokens), expected)
+        assert runtime.weights_digest() == digest
+        runtime.base()
+        assert np.array_equal(runtime.logits(tokens), base_logits)
+        assert runtime.weights_digest() == base != digest
+
+
+def test_repacking_for_amx_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    api = load_library().api
+    monkeypatch.setattr(api, "llama_print_system_info", lambda: b"CPU : AVX2 = 1 | AMX_INT8 = 1 | ")
+    with pytest.raises(
+        WeightAccessError, match="with AMX repacked weights cannot be edited; open it with weights='auto"
+    ):
+        PersonaRuntime.open(folder / "tiny.gguf", weights="repacked")
+
+
+def test_ours_runs_whatever_stock_llama_cpp_python_does_on_this_processor(
+    folder: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """Stock repacks what it can. Some virtual machines announce AMX and end that process; only there may it crash."""
+    if importlib.util.find_spec("llama_cpp") is None:
+        pytest.skip("llama-cpp-python is not installed")
+    path = str(folder / "tiny.gguf")
+    stock = f"import llama_cpp\nllama_cpp.Llama({path!r}, n_ctx=64, verbose=False).create_completion('a', max_tokens=2)"
+    ours = (
+        "from persona_edge.runtime.session import PersonaRuntime, SamplingOptions\n"
+        f"PersonaRuntime.open({path!r}, n_ctx=64).generate('a', SamplingOptions(max_tokens=2))"
+    )
+    codes = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, timeout=120).returncode
+        for code in (stock, ours)
+    ]
+    record_property("stock llama-cpp-python", codes[0])
+    assert codes[1] == 0
+    assert codes[0] == 0 or any(flag.startswith("amx") for flag in cpu_flags() or ())

@@ -233,5 +233,5 @@ def test_small_models_go_to_the_heap_and_large_ones_stay_in_the_file(monkeypatch
 
 
 def test_no_such_place() -> None:
-    with pytest.raises(InputError, match="weights is 'disk'; it must be 'auto', 'heap' or 'mmap'"):
+    with pytest.raises(InputError, match="weights is 'disk'; it must be 'auto', 'heap', 'mmap' or 'repacked'"):
         choose_placement("disk", 1)  # type: ignore[arg-type]

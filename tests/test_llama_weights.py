@@ -22,6 +22,7 @@ from persona_edge.errors import (
 from persona_edge.runtime import llama_library, llama_lookup, llama_weights
 from persona_edge.runtime.llama_library import GgmlTensor, check_tensor_layout, load_library
 from persona_edge.runtime.llama_weights import LlamaModel, TensorLookup, find_tensors, weights_digest
+from persona_edge.runtime.placement import Placement
 
 Q4_1, Q5_0, Q8_0, Q4_K, Q6_K, F32 = 3, 6, 8, 12, 14, 0
 WIDTH, N_TOKENS = 64, 260
@@ -191,9 +192,9 @@ def test_mapped_weights_are_refused_unless_they_were_made_writable(
 ) -> None:
     editable = llama_weights._editable_params
 
-    def mapped(api: SimpleNamespace, *, is_mapped: bool, n_gpu_layers: int) -> ctypes.Structure:
-        assert not is_mapped
-        return editable(api, is_mapped=True, n_gpu_layers=n_gpu_layers)
+    def mapped(api: SimpleNamespace, placement: Placement, *, n_gpu_layers: int) -> ctypes.Structure:
+        assert placement.kind == "heap"
+        return editable(api, Placement("mmap", ""), n_gpu_layers=n_gpu_layers)
 
     monkeypatch.setattr(llama_weights, "_editable_params", mapped)
     with pytest.raises(WeightAccessError, match="CPU_Mapped buffer, whose weights cannot be edited"):

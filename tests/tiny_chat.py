@@ -27,7 +27,13 @@ TEMPLATE = (
 PERSONAS = {"INFP": ("I", "N"), "ENTJ": ("E", "N"), "I": ("I",), "E": ("E",), "N": ("N",), "night owl": ("E", "I")}
 
 
-def write_model(path: Path, *, seed: int = 0, chat_template: str | None = TEMPLATE) -> Path:
+def write_model(
+    path: Path,
+    *,
+    seed: int = 0,
+    chat_template: str | None = TEMPLATE,
+    quantization: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.Q8_0,
+) -> Path:
     """A GGUF that answers; another seed is another model of the same shape."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(N_CONTEXT)
@@ -52,8 +58,8 @@ def write_model(path: Path, *, seed: int = 0, chat_template: str | None = TEMPLA
         if len(shape) == 1:
             writer.add_tensor(f"{name}.weight", np.abs(weights))
         else:
-            q8 = gguf.GGMLQuantizationType.Q8_0
-            writer.add_tensor(f"{name}.weight", gguf.quants.quantize(weights, q8), raw_dtype=q8)
+            blocks = gguf.quants.quantize(weights, quantization)
+            writer.add_tensor(f"{name}.weight", blocks, raw_dtype=quantization)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -55,10 +55,10 @@ __all__ = ["chat"]
 )
 @click.option(
     "--weights",
-    type=click.Choice(["auto", "heap", "mmap"]),
+    type=click.Choice(["auto", "heap", "mmap", "repacked"]),
     default="auto",
     show_default=True,
-    help="Where the weights lie: copied to memory, or in the mapped file.",
+    help="Where the weights lie: copied to memory, in the mapped file, or repacked (slower switches).",
 )
 @click.option("--gpu-layers", default=0, show_default=True, help="Layers to put on a GPU, from the last; -1 for all.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object per answer, one per line.")
