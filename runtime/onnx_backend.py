@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from persona_edge.errors import GenerationError, InputError
-from persona_edge.machine import usable_cores
 from persona_edge.onnx_model import OnnxModel
 from persona_edge.runtime.kv_cache import CacheState, common_beginning
+from persona_edge.runtime.llama_backend import default_n_threads
 from persona_edge.runtime.onnx_editors import Editor
 from persona_edge.runtime.onnx_geometry import Geometry
 from persona_edge.runtime.onnx_runtime import load_onnxruntime
@@ -223,7 +223,7 @@ class _Cache:
 
 
 def onnx_n_threads(wanted: int | None) -> int:
-    """`wanted`, or a thread per core that this process may use. InputError below 1."""
+    """`wanted`, or a thread per physical core that this process may use. InputError below 1."""
     if wanted is not None and wanted < 1:
         raise InputError(f"n_threads is {wanted}; it must be at least 1")
-    return wanted or usable_cores()
+    return wanted or default_n_threads()

@@ -57,13 +57,15 @@ def tiny_onnx_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytes
     return cache_folder
 
 
-def personas_of(model: TorchModel, *, granularity: Granularity = 32, gates: Sequence[float] = (0.0, 1.5)) -> PersonaSet:
+def personas_of(
+    model: TorchModel, *, granularity: Granularity = 32, gates: Sequence[float] = (0.0, 1.5), share: float = 0.1
+) -> PersonaSet:
     """Random masks over all tensors: poles E and I, personas of one and of both."""
     random = np.random.default_rng(3)
     identity = model.identity()
 
     def plane(gate: float) -> Plane:
-        return random_plane(random, identity.tensors, gate=gate, share=0.1, granularity=granularity)
+        return random_plane(random, identity.tensors, gate=gate, share=share, granularity=granularity)
 
     poles = tuple(Pole(name, "EI", tuple(plane(gate) for gate in gates)) for name in ("E", "I"))
     return PersonaSet(identity, poles, {"E": ("E",), "I": ("I",), "both": ("E", "I")})
