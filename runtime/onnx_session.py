@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
 from persona_edge.maskpack import MaskPack
-from persona_edge.masks import PersonaSet, Pole
 from persona_edge.onnx_model import OnnxModel, read_onnx_model
 from persona_edge.onnx_weights import check_onnx
+from persona_edge.runtime.attached import AttachedPack
 from persona_edge.runtime.chat_template import ChatTemplate
 from persona_edge.runtime.fair_lock import FairLock
 from persona_edge.runtime.kv_cache import KvKeeper
@@ -30,7 +29,7 @@ from persona_edge.runtime.onnx_mechanism import ChosenEditor, open_editor
 from persona_edge.runtime.onnx_vocabulary import OnnxVocabulary, chat_template_of
 from persona_edge.runtime.placement import Placement
 from persona_edge.runtime.programs import PersonaProgram
-from persona_edge.runtime.session import PersonaRuntime, _Attached
+from persona_edge.runtime.session import PersonaRuntime
 from persona_edge.runtime.values import KvPolicy, SwitchReport
 
 __all__ = ["OnnxRuntime"]
@@ -58,7 +57,7 @@ class OnnxRuntime(PersonaRuntime):
         self._lock = FairLock()
         source = chat_template_of(model.folder)
         self._template = ChatTemplate(source, backend.vocabulary.bos_text, backend.vocabulary.eos_text)
-        self._attached: _Attached | None = None
+        self._attached: AttachedPack | None = None
         self._last_switch: SwitchReport | None = None
         self._n_generations = 0
         self._persona: str | None = None
@@ -145,15 +144,13 @@ class OnnxRuntime(PersonaRuntime):
             self._editor.close()
 
 
-class _OnnxAttached(_Attached):
+class _OnnxAttached(AttachedPack):
     """A pack that was found to belong to the ONNX model, and the editor of its weights."""
 
     def __init__(self, pack: MaskPack, model: OnnxModel, editor: Editor) -> None:
         check_onnx(pack.identity, model)
-        self.pack = pack
+        super().__init__(pack)
         self._editor = editor
-        self._outline = PersonaSet(pack.identity, tuple(Pole(name, "", ()) for name in pack.pole_names), pack.personas)
-        self.program = lru_cache(maxsize=32)(self._compile)
 
     def check(self, program: PersonaProgram | None) -> None:
         if program is not None:

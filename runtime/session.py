@@ -16,7 +16,7 @@ import os
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -27,24 +27,20 @@ from numpy.typing import NDArray
 
 from persona_edge.errors import GenerationError, InputError
 from persona_edge.maskpack import MaskPack
-from persona_edge.masks import PersonaSet, Pole, TensorShape
+from persona_edge.runtime.attached import AttachedPack, LlamaAttachedPack
 from persona_edge.runtime.chat_template import ChatTemplate
-from persona_edge.runtime.dequantize import dequantize
 from persona_edge.runtime.fair_lock import FairLock
 from persona_edge.runtime.generation import generate_pieces
 from persona_edge.runtime.kv_cache import KvKeeper
 from persona_edge.runtime.llama_backend import LlamaBackend
-from persona_edge.runtime.llama_device import DeviceMirror
 from persona_edge.runtime.llama_weights import LlamaModel, find_tensors, weights_digest
 from persona_edge.runtime.placement import Placement, WeightsMode
 from persona_edge.runtime.probabilities import log_p_of_targets, log_softmax
-from persona_edge.runtime.switcher import PersonaProgram, Switcher, WeightTensor, compile_program
+from persona_edge.runtime.switcher import PersonaProgram
 from persona_edge.runtime.values import Completion, FinishReason, KvPolicy, Message, SamplingOptions, SwitchReport
-from persona_edge.sketch import check_identity
 
 __all__ = ["Completion", "FinishReason", "KvPolicy", "Message", "PersonaRuntime", "SamplingOptions", "SwitchReport"]
 
-_PROGRAMS_KEPT = 32
 _DEFAULT_OPTIONS = SamplingOptions()
 
 
@@ -66,7 +62,7 @@ class PersonaRuntime:
         vocabulary = backend.vocabulary
         source = model.metadata("tokenizer.chat_template")
         self._template = ChatTemplate(source, vocabulary.bos_text, vocabulary.eos_text)
-        self._attached: _Attached | None = None
+        self._attached: AttachedPack | None = None
         self._last_switch: SwitchReport | None = None
         self._n_generations = 0
         self._persona: str | None = None
@@ -120,7 +116,7 @@ class PersonaRuntime:
             self._check_open()
             if self._persona is not None:
                 self._edit(None, None, 0.0)
-            self._attached = _Attached(opened, self._model.architecture, self._tensors)
+            self._attached = LlamaAttachedPack(opened, self._model.architecture, self._tensors)
             self._kv.forget_personas()
 
     @property
@@ -322,44 +318,6 @@ class PersonaRuntime:
     def _check_open(self) -> None:
         if not self._is_open:
             raise GenerationError("this session is closed; open the model again")
-
-
-class _Attached:
-    """A pack that was found to belong to the model, and the switcher of the tensors that it gates."""
-
-    def __init__(self, pack: MaskPack, architecture: str, tensors: dict[str, WeightTensor]) -> None:
-        shapes = (TensorShape(tensor.name, tensor.n_rows, tensor.n_columns) for tensor in tensors.values())
-        check_identity(pack.identity, architecture, shapes, lambda name, at: _weights_at(tensors[name], at))
-        self.pack = pack
-        gated = {shape.name: tensors[shape.name] for shape in pack.identity.tensors}
-        self._switcher, self._devices = Switcher(gated), DeviceMirror(gated)
-        poles = tuple(Pole(name, "", ()) for name in pack.pole_names)  # names alone: positions are decoded when needed
-        self._outline = PersonaSet(pack.identity, poles, pack.personas)
-        self.program = lru_cache(maxsize=_PROGRAMS_KEPT)(self._compile)
-
-    def name_of(self, persona: str) -> str:
-        """`persona` as the pack spells it; PersonaNotFoundError when it has none."""
-        return self._outline.name_of(persona)
-
-    def check(self, program: PersonaProgram | None) -> None:
-        """Raise what would keep `program` from being written."""
-        if program is not None:
-            self._switcher.check(program)
-
-    def write(self, program: PersonaProgram | None) -> tuple[int, int]:
-        """Edit the weights to `program`, or back to base for None: units and bytes written."""
-        self._devices.will_change(self._switcher.active, program)
-        stats = self._switcher.restore() if program is None else self._switcher.apply(program)
-        self._devices.send()
-        return stats.n_units_written, stats.n_bytes
-
-    def _compile(self, name: str, strength: float) -> PersonaProgram:
-        poles = [self.pack.pole(pole.name) for pole in self._outline.resolve(name)]
-        return compile_program(poles, strength)
-
-
-def _weights_at(tensor: WeightTensor, positions: NDArray[np.uint32]) -> NDArray[np.float32]:
-    return dequantize(tensor.data, tensor.ggml_type, positions)
 
 
 def _run_to_end(pieces: Generator[str, None, Completion]) -> Completion:
