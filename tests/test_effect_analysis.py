@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from persona_edge.effect.analysis import (
     layer_similarities,
     overlaps,
 )
+from persona_edge.effect.analysis_tables import analysis_tables
 from persona_edge.maskpack import MaskPack, write_pack
 from persona_edge.masks import Granularity, ModelIdentity, PersonaSet, Plane, Pole, TensorShape
 from tests.tiny_chat import personas_for, write_model
@@ -115,3 +117,25 @@ def test_hidden_states_differ_from_the_first_masked_block_on(tmp_path: Path) -> 
         assert cosines[:-1] == pytest.approx([1] * (model.n_blocks - 1), abs=1e-6)
         assert cosines[-1] < 0.999
     assert layer_similarities(made, model, ["One?"]) == layer_similarities(made, model, ["One?"])
+
+
+def test_tables_show_what_was_found(tmp_path: Path) -> None:
+    both = personas(Pole("E", "EI", (plane(0, query=[0, 1], down=[2]),)), Pole("I", "EI", (plane(0, query=[1, 2, 3]),)))
+    differences, shared, kinds, depths, states = analysis_tables(asdict(analyse_pack(both)))
+    assert differences.rows == (("EI", "E / I", "28.57 %", "37.50 %", "16.67 %", "37.50 % (block 0)"),)
+    assert shared.rows == (("E", "-", "20.0 %"), ("I", "20.0 %", "-"))
+    assert kinds.headers == ("pole", "attn_q", "ffn_down")
+    assert kinds.rows == (("E", "67 %", "33 %"), ("I", "100 %", "0 %"))
+    assert depths.rows == kinds.rows  # a block per kind
+    assert states.rows == ()
+    assert analysis_tables({}) == []
+
+
+def test_tables_of_hidden_states(tmp_path: Path) -> None:
+    model = load(save_folder(tmp_path))
+    tensor = model.layers[0].name
+    poles = tuple(Pole(n, "EI", (Plane(0, {tensor: np.array([i], np.uint32)}),)) for i, n in enumerate("EI"))
+    made = PersonaSet(model.identity(), poles, {"E": ("E",), "I": ("I",), "both": ("E", "I")})
+    states = analysis_tables(asdict(analyse_pack(made, model, prompts=["How are you?"])))[-1]
+    assert [row[0] for row in states.rows] == ["base and E", "base and I", "E and I"]
+    assert all(len(row) == len(states.headers) for row in states.rows)

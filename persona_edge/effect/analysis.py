@@ -40,7 +40,7 @@ __all__ = [
     "overlaps",
 ]
 
-N_PROMPTS: Final = 24
+N_PROMPTS: Final = 12
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+?)(?:\.weight)?$")
 Damage = Mapping[str, NDArray[np.float32]]
 Units = NDArray[np.int64]

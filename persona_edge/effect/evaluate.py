@@ -19,6 +19,7 @@ from persona_edge.cache import file_sha256
 from persona_edge.calibration import Calibrator, Progress, silent
 from persona_edge.contrasts import CalibrationSet
 from persona_edge.downloads import Progress as DownloadProgress
+from persona_edge.effect.analysis import analyse_pack
 from persona_edge.effect.arm_registry import RUNTIME_ARMS, ArmContext, make_arms
 from persona_edge.effect.eval_plan import (
     EvalRequest,
@@ -132,8 +133,19 @@ class _Evaluation:
             settings=self._settings(sections),
             conditions=conditions(self.request.command),
             notes=tuple(dict.fromkeys([*notes, *self.notes])),
+            analysis=self._analysis(),
         )
         return merged([record])  # base was measured once per axis
+
+    def _analysis(self) -> dict[str, object]:
+        """What the masks of the pack look like; hidden states only where the model is there and time is."""
+        if self.pack is None:
+            return {}
+        self.progress("masks of the pack", 0, 1)
+        model = None if self.request.quick or self.request.engine == "runtime" else self.model
+        found = asdict(analyse_pack(self.pack, model))
+        self.progress("masks of the pack", 1, 1)
+        return found
 
     def _on_engine(self, name: EngineName, sections: Sequence[Section]) -> Iterator[ArmRecord]:
         with self._engine(name) as engine:

@@ -112,7 +112,10 @@ class ArmRecord:
 
 @dataclass(frozen=True)
 class Record:
-    """An evaluation of one model. `fingerprint` is its weights' SHA-256; `notes` say what was left out and why."""
+    """An evaluation of one model. `fingerprint` is its weights' SHA-256; `notes` say what was left out and why.
+
+    `analysis` is a PackAnalysis as plain values, empty where no pack was given.
+    """
 
     model: str
     fingerprint: str
@@ -121,6 +124,7 @@ class Record:
     settings: Mapping[str, object]
     conditions: Conditions
     notes: tuple[str, ...] = ()
+    analysis: Mapping[str, Any] = field(default_factory=dict)
 
     def arm(self, engine: str, name: str, pole: str | None) -> ArmRecord | None:
         """The arm with these names."""
@@ -195,6 +199,7 @@ def from_json(text: str) -> Record:
             settings=found["settings"],
             conditions=Conditions(**found["conditions"]),
             notes=tuple(found["notes"]),
+            analysis=found.get("analysis", {}),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"not an evaluation's JSON: {type(error).__name__} {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from persona_edge.effect.analysis_tables import analysis_tables
 from persona_edge.effect.record import Conditions, Record
 from persona_edge.effect.tables import (
     Table,
@@ -51,6 +52,7 @@ def _lines(record: Record, picture: str | None) -> Iterator[str]:
     yield from _section("Persona", persona_tables(record))
     yield from _section("Side effects", side_effect_tables(record))
     yield from _section("Making and keeping", [facts_table(record)])
+    yield from _section("The masks", analysis_tables(record.analysis))
     yield from _transcripts(transcripts_of(record))
     yield from _list("Settings", [f"{name}: {value}" for name, value in record.settings.items()])
     yield from _list("Left out, and what went wrong", problems(record))
