@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from persona_edge.onnx_model import CONFIG_NAME, read_onnx_model
 from persona_edge.runtime.onnx_mechanism import ChosenEditor, open_editor
@@ -35,7 +37,7 @@ def write_trial_model(folder: Path) -> Path:
 
     random = np.random.default_rng(0)
     name = "model.layers.0.attn.o_proj.MatMul.weight"
-    arrays = {
+    arrays: dict[str, NDArray[Any]] = {
         "embedding": random.standard_normal((_SIZE, _SIZE)).astype(np.float32),
         f"{name}_Q4": random.integers(0, 256, (_SIZE, _SIZE // 32, 16), dtype=np.uint8),
         f"{name}_scales": random.random((_SIZE, _SIZE // 32)).astype(np.float32),
