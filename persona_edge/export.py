@@ -18,7 +18,9 @@ from persona_edge.exporters.to_onnx import export_onnx, onnx_folder, require_onn
 from persona_edge.maskpack import PackSummary, write_pack
 from persona_edge.masks import PersonaSet
 from persona_edge.modeling import DType, load_torch_model, require_offline
+from persona_edge.onnx_model import read_onnx_model
 from persona_edge.persona_sets import load_persona_set
+from persona_edge.runtime.onnx_prepared import model_hash
 
 __all__ = ["ExportRequest", "ExportResult", "Format", "export", "fingerprint", "weights_of"]
 
@@ -111,7 +113,9 @@ def _original(argument: str) -> Path:
 
 
 def fingerprint(source: Path) -> str:
-    """SHA-256 of a file; of a folder, over its weight files' names, sizes and modification times."""
+    """SHA-256 of a file, of an ONNX graph with its data; of a folder, over its files' names, sizes and times."""
+    if source.suffix == ".onnx":
+        return model_hash(read_onnx_model(source))
     if source.is_file():
         return file_sha256(source)
     files = sorted(path for path in source.iterdir() if path.suffix in (".safetensors", ".bin", ".json"))

@@ -31,7 +31,7 @@ class _Names(click.ParamType[Any]):
 
 @click.command("eval")
 @click.option(
-    "--model", required=True, metavar="MODEL", help="Catalogue name, path to a .gguf, or a Hugging Face folder."
+    "--model", required=True, metavar="MODEL", help="Catalogue name, path to a .gguf, a Hugging Face or an ONNX folder."
 )
 @click.option(
     "--personas",
@@ -52,6 +52,13 @@ class _Names(click.ParamType[Any]):
     default="pytorch",
     show_default=True,
     help="The runtime runs the quantized file, as it ships: base, prompts and masks.",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "gguf", "onnx", "both"]),
+    default="auto",
+    show_default=True,
+    help="What the runtime runs: the file, the ONNX folder beside a GGUF, or both; auto goes by the file.",
 )
 @click.option(
     "--pack",

@@ -42,7 +42,7 @@ MAKERS: Final[Mapping[str, Maker]] = {
 ARM_NAMES: Final = tuple(MAKERS)
 
 RUNTIME_ARMS: Final = frozenset({"base", "system-prompt", "retrieval", "contrastive-fisher", *PAPER_METHODS})
-"""Arms that also act on the engine `runtime`."""
+"""Arms that also act on the engines `runtime` and `onnx`."""
 
 _PACKAGES = {"retrieval": "bm25s", "lora-sft": "peft", "lora-dpo": "peft"}
 

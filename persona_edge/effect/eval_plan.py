@@ -9,7 +9,7 @@ from typing import Final, Literal
 
 from persona_edge.contrasts import CalibrationSet
 from persona_edge.effect.arm_registry import ARM_NAMES, RUNTIME_ARMS, check_arms
-from persona_edge.effect.interfaces import EngineName
+from persona_edge.effect.tables import BASE, REFERENCE
 from persona_edge.effect.task_registry import QUICK_TASKS, TASK_NAMES
 from persona_edge.errors import InputError, MissingDependencyError, PersonaNotFoundError
 from persona_edge.maskpack import MaskPack
@@ -17,7 +17,7 @@ from persona_edge.masks import match_name
 from persona_edge.modeling import DType
 from persona_edge.persona_sets import PersonaSpec, load_persona_set
 
-__all__ = ["QUICK_ARMS", "EvalRequest", "Section", "chosen_arms", "chosen_engines", "chosen_tasks", "sections_of"]
+__all__ = ["QUICK_ARMS", "EvalRequest", "Section", "chosen_arms", "chosen_tasks", "from_pack", "sections_of"]
 
 QUICK_ARMS: Final = ("base", "system-prompt", "contrastive-fisher", "control-vector")
 QUICK_ITEMS: Final = 16
@@ -39,6 +39,7 @@ class EvalRequest:
     arms: Sequence[str] | None = None
     tasks: Sequence[str] | None = None
     engine: Literal["pytorch", "runtime", "both"] = "pytorch"
+    backend: Literal["auto", "gguf", "onnx", "both"] = "auto"
     pack: Path | None = None
     n_items: int | None = None
     seed: int = 0
@@ -66,11 +67,6 @@ class Section:
     wearers: tuple[tuple[str, int], ...]
 
 
-def chosen_engines(request: EvalRequest) -> tuple[EngineName, ...]:
-    """The engines in the order in which they run."""
-    return ("pytorch", "runtime") if request.engine == "both" else (request.engine,)
-
-
 def chosen_arms(request: EvalRequest) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The arms to measure, and notes on those left out. Base is always there: the others are compared with it.
 
@@ -92,9 +88,20 @@ def chosen_arms(request: EvalRequest) -> tuple[tuple[str, ...], tuple[str, ...]]
 
 def _not_on_the_runtime(request: EvalRequest, names: Sequence[str]) -> tuple[str, ...]:
     others = [name for name in names if name not in RUNTIME_ARMS]
-    if "runtime" not in chosen_engines(request) or not others:
+    if request.engine == "pytorch" or not others:
         return ()
     return (f"on PyTorch only, as the runtime knows prompts and masks but no activations: {', '.join(others)}",)
+
+
+def from_pack(names: Sequence[str], pack: MaskPack | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Of the arms `names` those that need no PyTorch, and notes on the others. InputError without a pack."""
+    if pack is None:
+        raise InputError(
+            "an ONNX model by itself is measured with a pack; add --pack, or pass its GGUF file with --backend onnx"
+        )
+    kept = tuple(name for name in names if name in (BASE, REFERENCE))
+    others = ", ".join(name for name in names if name not in kept)
+    return kept, (f"made with PyTorch, so they need the GGUF file and --backend onnx: {others}",) if others else ()
 
 
 def chosen_tasks(request: EvalRequest) -> tuple[str, ...]:

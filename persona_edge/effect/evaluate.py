@@ -21,14 +21,8 @@ from persona_edge.contrasts import CalibrationSet
 from persona_edge.downloads import Progress as DownloadProgress
 from persona_edge.effect.analysis import analyse_pack
 from persona_edge.effect.arm_registry import RUNTIME_ARMS, ArmContext, make_arms
-from persona_edge.effect.eval_plan import (
-    EvalRequest,
-    Section,
-    chosen_arms,
-    chosen_engines,
-    chosen_tasks,
-    sections_of,
-)
+from persona_edge.effect.eval_files import EvalFiles, files_of
+from persona_edge.effect.eval_plan import EvalRequest, Section, chosen_arms, chosen_tasks, from_pack, sections_of
 from persona_edge.effect.interfaces import Arm, Engine, EngineName, Task
 from persona_edge.effect.journal import Journal
 from persona_edge.effect.mask_arms import mask_arm_from_pack
@@ -40,8 +34,6 @@ from persona_edge.effect.runtime_engine import RuntimeEngine
 from persona_edge.effect.tables import BASE, REFERENCE
 from persona_edge.effect.task_registry import TaskContext, make_tasks, skipped_tasks
 from persona_edge.effect.torch_engine import TorchEngine
-from persona_edge.errors import InputError
-from persona_edge.export import fingerprint, weights_of
 from persona_edge.exporters.to_gguf import require_writable
 from persona_edge.maskpack import MaskPack
 from persona_edge.modeling import TorchModel, load_torch_model, require_offline
@@ -72,11 +64,12 @@ def evaluate(
     sections = sections_of(request, pack)
     if request.engine != "runtime":
         require_offline()
-    weights = weights_of(request.model, download_progress)
-    if request.engine != "pytorch" and not weights.is_file():
-        raise InputError(f"the engine runtime needs a .gguf file, and {weights.name} is a folder; use --engine pytorch")
+    files = files_of(request, download_progress)
+    if files.is_onnx:
+        arms, left_out = from_pack(arms, pack)
+        notes = (*notes, *left_out)
     require_writable(report_path(request.output, ".json"))
-    return _Evaluation(request, arms, pack, weights, progress).record(sections, notes)
+    return _Evaluation(request, arms, pack, files, progress).record(sections, notes)
 
 
 def finish(record: Record, request: EvalRequest) -> tuple[Path, ...]:
@@ -93,28 +86,27 @@ class _Evaluation:
         request: EvalRequest,
         arms: Sequence[str],
         pack: MaskPack | None,
-        weights: Path,
+        files: EvalFiles,
         progress: Progress,
     ) -> None:
         self.request, self.arms, self.pack = request, arms, pack
-        self.weights, self.progress = weights, progress
-        self.sha256 = fingerprint(weights)
-        self.subject = Subject(weights.stem if weights.is_file() else weights.name, self.sha256)
+        self.files, self.progress = files, progress
+        self.subject = Subject(files.name, files.fingerprint)
         self.journal = Journal(journal_path(request))
         self.notes: list[str] = []
 
     @cached_property
     def model(self) -> TorchModel:
         """The model in PyTorch, loaded when it is needed: a pack on the runtime is measured without it."""
-        request = self.request
-        return load_torch_model(self.weights, name=self.weights.stem, device=request.device, dtype=request.dtype)
+        request, weights = self.request, self.files.weights
+        return load_torch_model(weights, name=weights.stem, device=request.device, dtype=request.dtype)
 
     @cached_property
     def context(self) -> ArmContext:
         """What arms are made from."""
         return ArmContext(
             self.model,
-            Calibrator(self.model, self.sha256, progress=self.progress),
+            Calibrator(self.model, self.files.fingerprint, progress=self.progress),
             self._build,
             max_chat_kl=self.request.max_chat_kl,
             max_perplexity_ratio=self.request.max_perplexity_ratio,
@@ -124,10 +116,10 @@ class _Evaluation:
 
     def record(self, sections: Sequence[Section], notes: Sequence[str]) -> Record:
         """Every engine on every section."""
-        arms = [arm for name in chosen_engines(self.request) for arm in self._on_engine(name, sections)]
+        arms = [arm for name in self.files.engines for arm in self._on_engine(name, sections)]
         record = Record(
             model=self.subject.model,
-            fingerprint=self.sha256,
+            fingerprint=self.files.fingerprint,
             axes=tuple(dict.fromkeys(Axis.of(section.axis_set) for section in sections)),
             arms=tuple(arms),
             settings=self._settings(sections),
@@ -149,13 +141,17 @@ class _Evaluation:
 
     def _on_engine(self, name: EngineName, sections: Sequence[Section]) -> Iterator[ArmRecord]:
         with self._engine(name) as engine:
-            number_format = self.model.dtype_name if name == "pytorch" else ""
-            subject = replace(self.subject, loaded_as=number_format)
+            subject = replace(self.subject, loaded_as=self._loaded_as(name))
             runner = Runner(engine, progress=self.progress, subject=subject, journal=self.journal)
             for section in sections:
                 tasks = self._tasks(section)
                 for plan in self._plans(name, section):
                     yield runner.measure(plan, tasks, Axis.of(section.axis_set))
+
+    def _loaded_as(self, name: EngineName) -> str:
+        if name == "pytorch":
+            return self.model.dtype_name
+        return self.files.onnx_fingerprint or "" if name == "onnx" else ""
 
     @contextmanager
     def _engine(self, name: EngineName) -> Iterator[Engine]:
@@ -165,7 +161,9 @@ class _Evaluation:
                 _check_pack(self.pack, self.model)
             yield TorchEngine(self.model)
             return
-        with RuntimeEngine.open(self.weights, n_ctx=N_CTX, n_threads=self.request.n_threads) as engine:
+        with RuntimeEngine.open(self.files.runtimes[name], n_ctx=N_CTX, n_threads=self.request.n_threads) as engine:
+            if name == "onnx" and engine.runtime.placement.is_fallback:
+                self.notes.append(f"onnx: {engine.runtime.placement.text}")
             if self.pack is not None:
                 engine.runtime.attach(self.pack)
             yield engine
@@ -220,6 +218,13 @@ class _Evaluation:
             "seed": request.seed,
         }
 
+    def _onnx_settings(self) -> dict[str, object]:
+        """What the engine onnx runs, where the record is of the GGUF file."""
+        graph = self.files.runtimes.get("onnx")
+        if graph is None or self.files.is_onnx:
+            return {}
+        return {"ONNX model": f"{graph.parent.name}, SHA-256 {self.files.onnx_fingerprint}"}
+
     def _settings(self, sections: Sequence[Section]) -> dict[str, object]:
         request = self.request
         return {
@@ -228,6 +233,7 @@ class _Evaluation:
             "chat KL, at most": request.max_chat_kl,
             "perplexity ratio, at most": request.max_perplexity_ratio,
             "number format of PyTorch": None if request.engine == "runtime" else self.model.dtype_name,
+            **self._onnx_settings(),
             "pack": None if request.pack is None else f"{request.pack.name}, SHA-256 {self._pack_sha256}",
             "sets": {s.axis_set.axis: f"{s.spec.name}, SHA-256 {s.axis_set.content_hash()}" for s in sections},
         }

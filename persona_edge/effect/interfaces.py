@@ -33,7 +33,7 @@ __all__ = [
     "user_message",
 ]
 
-EngineName = Literal["pytorch", "runtime"]
+EngineName = Literal["pytorch", "runtime", "onnx"]  # the runtime on a GGUF file, and on an ONNX model
 Floats = NDArray[np.float64]
 
 # Names that the reports look for. A task may call other measures what it likes.

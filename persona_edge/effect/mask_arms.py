@@ -51,7 +51,7 @@ def mask_arm(name: str, personas: PersonaSet, persona: str, toward: int, facts: 
             return engine.wearing(one, pole)
         if isinstance(engine, TorchEngine):
             return masked(engine.model, planes)
-        raise InputError(f"the arm {name} cannot act on the engine {engine.name!r}; use pytorch or runtime")
+        raise InputError(f"the arm {name} cannot act on the engine {engine.name!r}; use pytorch, runtime or onnx")
 
     return Arm(name, pole, toward, user_message, active, {**facts, **sizes})
 

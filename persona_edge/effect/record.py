@@ -44,7 +44,7 @@ __all__ = [
 FORMAT: Final = "persona-edge evaluation 1"
 _NUMBER = r"(?:-?[\d.e+-]+|null)"
 _NUMBERS: Final = re.compile(rf"\[\n\s*{_NUMBER}(?:,\n\s*{_NUMBER})*\n\s*\]")
-PACKAGES: Final = ("torch", "transformers", "peft", "bm25s", "llama-cpp-python", "numpy")
+PACKAGES: Final = ("torch", "transformers", "peft", "bm25s", "llama-cpp-python", "onnxruntime", "numpy")
 
 
 @dataclass(frozen=True)

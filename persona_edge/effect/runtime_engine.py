@@ -1,11 +1,13 @@
-"""The runtime engine: the quantized file as it ships, through llama.cpp, with masks applied by the runtime itself."""
+"""The runtime engine: the quantized model as it ships, with masks applied by the runtime itself.
+
+A GGUF file runs on llama.cpp and is called `runtime` in records; an ONNX model runs on ONNX Runtime, called `onnx`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +17,8 @@ from persona_edge.encoding import EncodedText
 from persona_edge.errors import GenerationError
 from persona_edge.maskpack import MaskPack, encode_pack
 from persona_edge.masks import PersonaSet
+from persona_edge.onnx_model import find_onnx
+from persona_edge.runtime.open_runtime import open_runtime
 from persona_edge.runtime.session import Message, PersonaRuntime, SamplingOptions
 
 __all__ = ["RuntimeEngine"]
@@ -25,17 +29,16 @@ Floats = NDArray[np.float64]
 class RuntimeEngine:
     """`runtime` in whatever persona it is in now; a mask arm opens `wearing`."""
 
-    name: ClassVar[EngineName] = "runtime"
-
-    def __init__(self, runtime: PersonaRuntime) -> None:
+    def __init__(self, runtime: PersonaRuntime, name: EngineName = "runtime") -> None:
         self.runtime = runtime
+        self.name: EngineName = name
 
     @classmethod
     @contextmanager
     def open(cls, model: Path, *, n_ctx: int = 4096, n_threads: int | None = None) -> Iterator[RuntimeEngine]:
-        """An engine on the GGUF file `model`; raises what PersonaRuntime.open raises."""
-        with PersonaRuntime.open(model, n_ctx=n_ctx, n_threads=n_threads) as runtime:
-            yield cls(runtime)
+        """An engine on `model`, a GGUF file or an ONNX folder or graph; raises what `open_runtime` raises."""
+        with open_runtime(model, n_ctx=n_ctx, n_threads=n_threads) as runtime:
+            yield cls(runtime, "runtime" if find_onnx(model) is None else "onnx")
 
     @contextmanager
     def wearing(self, personas: PersonaSet | MaskPack, persona: str, *, strength: float = 1.0) -> Iterator[None]:
