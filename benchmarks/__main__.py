@@ -35,6 +35,9 @@ class Settings:
     chats: int
     positions: int
     parity_models: tuple[str, ...]
+    runtime_models: tuple[str, ...]
+    minutes: float
+    quick: bool
 
     @property
     def gguf(self) -> Path:
@@ -94,6 +97,20 @@ def _parity(settings: Settings) -> record.Result:
     return measure_models(paths, settings.gguf, n_positions=settings.positions, n_threads=settings.threads)
 
 
+def _runtime(settings: Settings) -> record.Result:
+    from benchmarks import runtime
+
+    plan = runtime.Plan(
+        rounds=settings.rounds,
+        prompt_rounds=settings.prompt_rounds,
+        repeats=settings.repeats,
+        n_tokens=settings.tokens,
+        seconds=60 * settings.minutes,
+        n_threads=settings.threads,
+    )
+    return runtime.measure(settings.runtime_models, plan.quick() if settings.quick else plan)
+
+
 def _size(_settings: Settings) -> record.Result:
     from benchmarks.reports import measure_size
 
@@ -107,7 +124,9 @@ BENCHMARKS: Mapping[str, Callable[[Settings], record.Result]] = {
     "parity": _parity,
     "size": _size,
     "effect": _effect,
+    "runtime": _runtime,
 }
+_RUNTIME_MODELS = ("smollm2-135m", "qwen2.5-0.5b", "1.7b", "8b")
 _PARITY_MODELS = (DEFAULT_MODEL, "qwen2.5-0.5b", "gemma3-270m")
 _COUNT = click.IntRange(min=1)
 _TWO = click.IntRange(min=2)  # fewer have no spread, or no time between them
@@ -131,6 +150,16 @@ _TWO = click.IntRange(min=2)  # fewer have no spread, or no time between them
 @click.option(
     "--parity-model", "parity_models", multiple=True, default=_PARITY_MODELS, show_default=True, help="May be repeated."
 )
+@click.option(
+    "--models",
+    default=",".join(_RUNTIME_MODELS),
+    show_default=True,
+    help="runtime: catalogue names, paths, or shapes of random weights, with commas between.",
+)
+@click.option(
+    "--minutes", default=10.0, show_default=True, type=float, help="runtime: no new round of a stage after these."
+)
+@click.option("--quick", is_flag=True, help="runtime: few rounds, to see that it works.")
 def main(
     *,
     names: tuple[str, ...],
@@ -148,14 +177,18 @@ def main(
     chats: int,
     positions: int,
     parity_models: tuple[str, ...],
+    models: str,
+    minutes: float,
+    quick: bool,
 ) -> None:
-    """Run the benchmarks called NAME, or all: switching, roofline, decode, parity, size, effect.
+    """Run the benchmarks called NAME, or all: switching, roofline, decode, parity, size, effect, runtime.
 
     When all are run, one that lacks its pack, model or data is passed over with a line that says what it needs.
     """
     settings = Settings(
         model, pack, data, threads, rounds, prompt_rounds, repeats, tokens,
         questions, windows, chats, positions, parity_models,
+        tuple(name.strip() for name in models.split(",") if name.strip()), minutes, quick,
     )  # fmt: skip
     for name in names or BENCHMARKS:
         try:

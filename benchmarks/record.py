@@ -34,12 +34,16 @@ class Table:
 
 @dataclass(frozen=True)
 class Result:
-    """One benchmark's outcome. `values` is what JSON can hold, with units in the names; `notes` are paragraphs."""
+    """One benchmark's outcome. `values` is what JSON can hold, with units in the names; `notes` are paragraphs.
+
+    `plot` is SVG text, "" for none.
+    """
 
     title: str
     tables: tuple[Table, ...]
     values: Mapping[str, object]
     notes: tuple[str, ...] = ()
+    plot: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,14 +94,23 @@ def markdown(result: Result, measured: Conditions) -> str:
     return "\n".join(_lines(result, measured))
 
 
-def write(name: str, result: Result, measured: Conditions, folder: Path = FOLDER) -> tuple[Path, Path]:
-    """Store `name`.json and `name`.md in `folder`, in place of those of an earlier run. OSError when that fails."""
+def write(name: str, result: Result, measured: Conditions, folder: Path = FOLDER) -> tuple[Path, ...]:
+    """Store `name`.json, `name`.md and, if there is a plot, `name`.svg in `folder`, in place of an earlier run's.
+
+    OSError when that fails.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    as_json, as_markdown = folder / f"{name}.json", folder / f"{name}.md"
+    as_json, as_markdown, as_svg = (folder / f"{name}.{ending}" for ending in ("json", "md", "svg"))
     content = {"title": result.title, "measured": asdict(measured), "values": result.values}
     as_json.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    as_markdown.write_text(markdown(result, measured), encoding="utf-8")
-    return as_json, as_markdown
+    page = markdown(result, measured)
+    if not result.plot:
+        as_markdown.write_text(page, encoding="utf-8")
+        return as_json, as_markdown
+    title, _, rest = page.partition("\n")
+    as_markdown.write_text(f"{title}\n\n![{result.title}]({as_svg.name})\n{rest}", encoding="utf-8")
+    as_svg.write_text(result.plot, encoding="utf-8")
+    return as_json, as_markdown, as_svg
 
 
 def _lines(result: Result, measured: Conditions) -> Iterator[str]:
