@@ -38,6 +38,7 @@ class Settings:
     runtime_models: tuple[str, ...]
     minutes: float
     quick: bool
+    heavy: bool
 
     @property
     def gguf(self) -> Path:
@@ -111,6 +112,27 @@ def _runtime(settings: Settings) -> record.Result:
     return runtime.measure(settings.runtime_models, plan.quick() if settings.quick else plan)
 
 
+def _export(settings: Settings) -> record.Result:
+    from benchmarks import export_cost
+
+    n_contrasts = _QUICK_CONTRASTS if settings.quick else _CONTRASTS
+    return export_cost.measure(settings.gguf, n_contrasts=n_contrasts, heavy=settings.heavy)
+
+
+def _onnx(settings: Settings) -> record.Result:
+    from benchmarks import onnx_backend
+    from persona_edge.onnx_start import onnx_model_for
+
+    graph = onnx_model_for(str(settings.gguf), "onnx")
+    assert graph is not None  # it raises when there is none
+    pack = settings.pack or find_pack(settings.gguf, onnx_backend.PERSONAS, settings.model).path
+    job = onnx_backend.Job(
+        settings.gguf, graph, pack, settings.rounds, settings.repeats, settings.tokens, settings.positions,
+        settings.threads,
+    )  # fmt: skip
+    return onnx_backend.measure(job)
+
+
 def _size(_settings: Settings) -> record.Result:
     from benchmarks.reports import measure_size
 
@@ -125,7 +147,10 @@ BENCHMARKS: Mapping[str, Callable[[Settings], record.Result]] = {
     "size": _size,
     "effect": _effect,
     "runtime": _runtime,
+    "onnx": _onnx,
+    "export": _export,
 }
+_CONTRASTS, _QUICK_CONTRASTS = 32, 4
 _RUNTIME_MODELS = ("smollm2-135m", "qwen2.5-0.5b", "1.7b", "8b")
 _PARITY_MODELS = (DEFAULT_MODEL, "qwen2.5-0.5b", "gemma3-270m")
 _COUNT = click.IntRange(min=1)
@@ -159,7 +184,8 @@ _TWO = click.IntRange(min=2)  # fewer have no spread, or no time between them
 @click.option(
     "--minutes", default=10.0, show_default=True, type=float, help="runtime: no new round of a stage after these."
 )
-@click.option("--quick", is_flag=True, help="runtime: few rounds, to see that it works.")
+@click.option("--quick", is_flag=True, help="runtime, export: little data, to see that it works.")
+@click.option("--heavy", is_flag=True, help="export: ours with its own method on everything, too.")
 def main(
     *,
     names: tuple[str, ...],
@@ -180,15 +206,17 @@ def main(
     models: str,
     minutes: float,
     quick: bool,
+    heavy: bool,
 ) -> None:
-    """Run the benchmarks called NAME, or all: switching, roofline, decode, parity, size, effect, runtime.
+    """Run the benchmarks called NAME, or all: switching, roofline, decode, parity, size, effect, runtime,
+    export.
 
     When all are run, one that lacks its pack, model or data is passed over with a line that says what it needs.
     """
     settings = Settings(
         model, pack, data, threads, rounds, prompt_rounds, repeats, tokens,
         questions, windows, chats, positions, parity_models,
-        tuple(name.strip() for name in models.split(",") if name.strip()), minutes, quick,
+        tuple(name.strip() for name in models.split(",") if name.strip()), minutes, quick, heavy,
     )  # fmt: skip
     for name in names or BENCHMARKS:
         try:
