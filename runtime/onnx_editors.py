@@ -11,9 +11,8 @@ nothing of KV caches: the caller does not run the session during a switch and fo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from typing import Any, Final, Literal, NamedTuple, Protocol
-from weakref import WeakKeyDictionary
+from collections.abc import Mapping
+from typing import Any, Final, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,29 +22,25 @@ from persona_edge.onnx_model import OnnxMatrix, OnnxModel
 from persona_edge.runtime.onnx_mapping import MappedSession
 from persona_edge.runtime.onnx_masks import check_program, gated_blocks, gates_scales_only, masked_initializers
 from persona_edge.runtime.onnx_packing import ScalePlaces, packed_images
+from persona_edge.runtime.onnx_patches import (
+    Patch,
+    PatchPlan,
+    Recent,
+    Way,
+    Written,
+    key_of,
+    n_bytes_of,
+    patch_of,
+    way_between,
+)
 from persona_edge.runtime.onnx_prepared import PreparedModel, save_arrays
 from persona_edge.runtime.onnx_runtime import make_session
 from persona_edge.runtime.programs import PersonaProgram
 
-__all__ = ["Editor", "MappedEditor", "Mechanism", "Patch", "ScalesEditor", "SessionEditor", "Written"]
+__all__ = ["Editor", "MappedEditor", "Mechanism", "ScalesEditor", "SessionEditor"]
 
+_MOST_PLANS = 48 << 20  # bytes that plans may take, and as many the ways between them
 Mechanism = Literal["mapped", "images", "scales", "session"]
-
-
-class Written(NamedTuple):
-    """What a switch wrote: gated units and bytes."""
-
-    n_units: int
-    n_bytes: int
-
-
-class Patch(NamedTuple):
-    """Elements `at` (n,) of `memory`: what they are with the persona, and without."""
-
-    memory: NDArray[Any]
-    at: NDArray[np.integer]
-    values: NDArray[Any]
-    base: NDArray[Any]
 
 
 class Editor(Protocol):
@@ -78,9 +73,10 @@ class _PatchingEditor:
 
     def __init__(self, model: OnnxModel) -> None:
         self._weights = model.weights
-        self._plans: WeakKeyDictionary[PersonaProgram, tuple[Patch, ...]] = WeakKeyDictionary()
-        self._active: tuple[Patch, ...] = ()
-        self._n_active = 0
+        self._plans: Recent[PatchPlan] = Recent(_MOST_PLANS)
+        self._ways: Recent[Way] = Recent(_MOST_PLANS)
+        self._active: PatchPlan | None = None
+        self._torn: tuple[PatchPlan, ...] = ()  # what an interrupted switch may have left anywhere in between
 
     def check(self, program: PersonaProgram) -> None:
         check_program(program, self._weights)
@@ -88,33 +84,40 @@ class _PatchingEditor:
 
     def apply(self, program: PersonaProgram) -> Written:
         check_program(program, self._weights)
-        plan = self._plan(program)
-        undone = self.restore()
-        self._active, self._n_active = (
-            plan,
-            program.n_units,
-        )  # before the first write, so that restore undoes half of it
+        if self._torn:
+            self.restore()
+        before, after = self._active, self._plan(program)
+        if after is before:
+            return Written(0, 0)
+        way = self._ways.get((before, after), lambda: way_between(before, after))
+        self._torn = (after,) if before is None else (before, after)
         try:
-            for patch in plan:
-                patch.memory[patch.at] = patch.values
+            for step in way.steps:
+                step.memory[step.at] = step.values
         except BaseException:
             self.restore()
             raise
-        return Written(undone.n_units + program.n_units, undone.n_bytes + _n_bytes(plan))
+        self._active, self._torn = after, ()
+        return way.written
 
     def restore(self) -> Written:
-        active, n_units = self._active, self._n_active
-        for patch in active:
-            patch.memory[patch.at] = patch.base
-        self._active, self._n_active = (), 0
-        return Written(n_units, _n_bytes(active))
+        plans = self._torn or (() if self._active is None else (self._active,))
+        self._torn = plans
+        steps = [step for plan in plans for step in plan.undoing()]
+        for step in steps:
+            step.memory[step.at] = step.values
+        self._active, self._torn = None, ()
+        return Written(sum(plan.program.n_units for plan in plans), n_bytes_of(steps))
 
-    def _plan(self, program: PersonaProgram) -> tuple[Patch, ...]:
-        if program not in self._plans:
-            self._plans[program] = self._make_plan(program)
-        return self._plans[program]
+    def _plan(self, program: PersonaProgram) -> PatchPlan:
+        return self._plans.get(key_of(program), lambda: PatchPlan(program, self._make_patches(program)))
 
-    def _make_plan(self, program: PersonaProgram) -> tuple[Patch, ...]:
+    def _forget(self) -> None:
+        self._plans.clear()
+        self._ways.clear()
+        self._active, self._torn = None, ()
+
+    def _make_patches(self, program: PersonaProgram) -> tuple[Patch, ...]:
         raise NotImplementedError
 
 
@@ -151,10 +154,10 @@ class MappedEditor(_PatchingEditor):
         return sha.hexdigest()
 
     def close(self) -> None:
-        self._plans.clear()
-        self._active, self._mapped = (), None
+        self._forget()
+        self._mapped = None
 
-    def _make_plan(self, program: PersonaProgram) -> tuple[Patch, ...]:
+    def _make_patches(self, program: PersonaProgram) -> tuple[Patch, ...]:
         if self._places is not None and gates_scales_only(program, self._weights):
             return self._scale_patches(program, self._places)
         return self._image_patches(program)
@@ -165,7 +168,7 @@ class MappedEditor(_PatchingEditor):
             found = places[gated.matrix.name]
             at, values = found.fields(gated.blocks, gated.masked_scales())
             _, base = found.fields(gated.blocks, gated.base_scales())
-            patches += [Patch(_floats(memory), at, values, base) for memory in self._live.blobs[gated.matrix.name]]
+            patches += [patch_of(_floats(memory), at, values, base) for memory in self._live.blobs[gated.matrix.name]]
         return tuple(patches)
 
     def _image_patches(self, program: PersonaProgram) -> tuple[Patch, ...]:
@@ -180,7 +183,9 @@ class MappedEditor(_PatchingEditor):
         base = np.memmap(self._prepared.data, np.uint8, "r")
         starts = {name: self._prepared.blobs[name].offset for name in found}
         return tuple(
-            Patch(memory, at, values, base[starts[n] + at]) for n, (at, values) in found.items() for memory in blobs[n]
+            patch_of(memory, at, values, base[starts[n] + at])
+            for n, (at, values) in found.items()
+            for memory in blobs[n]
         )
 
     def _pack_persona(self, program: PersonaProgram) -> dict[str, tuple[NDArray[np.int64], NDArray[np.uint8]]]:
@@ -223,16 +228,16 @@ class ScalesEditor(_PatchingEditor):
         return sha.hexdigest()
 
     def close(self) -> None:
-        self._plans.clear()
-        self._active, self._session, self._scales = (), None, {}
+        self._forget()
+        self._session, self._scales = None, {}
 
-    def _make_plan(self, program: PersonaProgram) -> tuple[Patch, ...]:
+    def _make_patches(self, program: PersonaProgram) -> tuple[Patch, ...]:
         if not gates_scales_only(program, self._weights):
             raise UnsupportedModelError(
                 "masks of single weights cannot be applied to scales; open the model with mechanism='session'"
             )
         return tuple(
-            Patch(self._scales[gated.matrix.name], gated.blocks, gated.masked_scales(), gated.base_scales())
+            patch_of(self._scales[gated.matrix.name], gated.blocks, gated.masked_scales(), gated.base_scales())
             for gated in gated_blocks(program, self._weights)
         )
 
@@ -283,10 +288,6 @@ class SessionEditor:
 
 def _floats(blob: NDArray[np.uint8]) -> NDArray[np.float32]:
     return blob[: len(blob) // 4 * 4].view("<f4")
-
-
-def _n_bytes(patches: Sequence[Patch]) -> int:
-    return sum(patch.values.nbytes for patch in patches)
 
 
 def _matrices_of(program: PersonaProgram, weights: Mapping[str, Any]) -> list[OnnxMatrix]:

@@ -62,12 +62,26 @@ def test_every_switch_gives_the_same_bits_whatever_came_before(tiny_llama: TinyO
         editor.restore()
         assert np.array_equal(_logits(editor, model), base)
         assert editor.digest() == digest
-    for name in ("both", "I", "E", "both", "E", "I"):
-        assert editor.apply(programs[name]).n_units >= programs[name].n_units
+    for name in ("both", "I", "E", "both", "E", "I", "I"):
+        assert editor.apply(programs[name]).n_bytes >= 0
         assert np.array_equal(_logits(editor, model), first[name])
     editor.restore()
     assert np.array_equal(_logits(editor, model), base)
     editor.close()
+
+
+@pytest.mark.parametrize("mechanism", ["mapped", "images", "scales"])
+def test_a_switch_writes_only_what_differs(tiny_llama: TinyOnnx, mechanism: Mechanism) -> None:
+    personas = personas_of(tiny_llama.torch)
+    e, both = _program(personas, "E"), _program(personas, "both")
+    editor = _open(tiny_llama.model, mechanism)
+    alone = editor.apply(e)
+    assert editor.apply(_program(personas, "E")).n_bytes == 0
+    added = editor.apply(both)
+    assert 0 < added.n_units < both.n_units
+    assert editor.apply(e) == added
+    assert editor.restore() == alone
+    assert editor.restore() == (0, 0)
 
 
 @pytest.mark.parametrize("mechanism", ["mapped", "images"])
