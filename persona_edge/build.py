@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 from persona_edge import __version__
@@ -33,8 +33,6 @@ from persona_edge.tensor_filter import filter_tensors
 
 __all__ = ["BuildSettings", "build_personas"]
 
-WON_CONTRASTS = 96
-
 
 @dataclass(frozen=True)
 class BuildSettings:
@@ -43,7 +41,7 @@ class BuildSettings:
     Limits, per pole, on held-out neutral text: `max_perplexity_ratio` (masked / base) and `max_chat_kl` (nats per
     token). `budget` (nats per token) or `density` (share of units) fixes the amount instead of searching for it, and is
     spent in one step; the paper's methods need `density`. `n_steps` is how often benefits are measured, each time but
-    the first on `step_contrasts` contrasts and with the mask so far; None goes by what one step wins (growth.py).
+    the first on `step_contrasts` contrasts and with the mask so far (growth.py).
     """
 
     method: Method = "contrastive-fisher"
@@ -57,7 +55,7 @@ class BuildSettings:
     include: Sequence[str] = field(default=())
     exclude: Sequence[str] = field(default=())
     layers: str | None = None
-    n_steps: int | None = None
+    n_steps: int = 3
     step_contrasts: int = 64
     search_trials: int = 6
 
@@ -67,7 +65,7 @@ class BuildSettings:
             raise InputError("give --budget or --density, not both")
         if self.method != "contrastive-fisher" and self.density is None:
             raise InputError(f"--method {self.method} suppresses a share of the weights; give --density, such as 0.3")
-        if (self.n_steps is not None and self.n_steps < 1) or self.step_contrasts < 1 or self.search_trials < 1:
+        if self.n_steps < 1 or self.step_contrasts < 1 or self.search_trials < 1:
             raise InputError("a mask needs at least 1 step, 1 contrast in each and 1 trial of the budget search")
 
 
@@ -144,14 +142,9 @@ class _Builder:
         settings = self.settings
         amount = settings.budget if settings.density is None else settings.density
         if amount is None:
-            return self._growth.grow(calibration, statistics, side, name, partial(self._won, calibration, side))
+            return self._growth.grow(calibration, statistics, side, name)
         planes = self._maker(statistics, side)(amount)
         return fixed(planes, amount, self._drift(planes))
-
-    def _won(self, calibration: CalibrationSet, side: Side, planes: Sequence[Plane]) -> float:
-        """The share of calibration contrasts, WON_CONTRASTS at most, that `planes` make the pole win."""
-        share = self._margins(calibration.limit(WON_CONTRASTS, seed=0), planes).share_mean
-        return share if side == "positive" else 1 - share
 
     def _maker(self, statistics: Statistics, side: Side) -> PlaneMaker:
         settings = self.settings

@@ -6,8 +6,7 @@ pull. Hence steps: a step's benefits are measured with the mask of the steps bef
 they are from won (`collect.Focus`), and its budget is found by measured drift (budget_search.py). Every step spends up
 to its share of both limits; damage on chat counts more or less beside damage on web text, as drift so far has shown.
 
-Most poles need one step only, which is half the work and half the groups; those whose calibration contrasts it does not
-win get three.
+One step wins as many contrasts with half the groups; but what it makes of free replies repeats itself (docs/method.md).
 """
 
 from __future__ import annotations
@@ -38,12 +37,8 @@ DEFAULT_CHAT_WEIGHT = 0.15
 """What a nat of chat damage counts beside a nat of web damage when only one of the two is limited."""
 LEAST_WEIGHT = 0.1
 EARLY_TRIALS = 3
-MANY_STEPS = 3
-ENOUGH_WON = 0.9
-"""With this share of the calibration contrasts won in one step, more steps are not tried."""
 EARLY_TOLERANCE = 0.25
 MeasureDrift = Callable[[Sequence[Plane]], Drift]
-MeasureWon = Callable[[Sequence[Plane]], float]
 
 
 @dataclass(frozen=True)
@@ -95,10 +90,7 @@ class Grown:
 
 
 class Growth:
-    """Grows masks on one calibrator's model; `drift` measures a mask on held-out neutral text.
-
-    `n_steps` None takes one step, and MANY_STEPS where one wins too few contrasts.
-    """
+    """Grows masks on one calibrator's model; `drift` measures a mask on held-out neutral text."""
 
     def __init__(
         self,
@@ -109,7 +101,7 @@ class Growth:
         limits: Limits,
         gates: Gates,
         granularity: Granularity,
-        n_steps: int | None,
+        n_steps: int,
         n_trials: int,
         n_contrasts: int,
         progress: Progress,
@@ -120,31 +112,18 @@ class Growth:
         self.progress = progress
         self._first_budget = 0.002
 
-    def grow(self, contrasts: CalibrationSet, statistics: Statistics, side: Side, label: str, won: MeasureWon) -> Grown:
+    def grow(self, contrasts: CalibrationSet, statistics: Statistics, side: Side, label: str) -> Grown:
         """The mask of one pole. `statistics` are the margins' on the unmasked model; both poles share them.
 
-        `won` tells the share of calibration contrasts in which a mask makes the pole's answer the likelier one. Raises
-        SelectionError when no step finds anything within its limits.
+        Raises SelectionError when no step finds anything within its limits.
         """
-        if self.n_steps is not None:
-            return self._in_steps(contrasts, statistics, side, label, self.n_steps)
-        grown = self._in_steps(contrasts, statistics, side, label, 1)
-        share = won(grown.planes)
-        if share >= ENOUGH_WON:
-            return grown
-        other = self._in_steps(contrasts, statistics, side, label, MANY_STEPS)
-        return other if won(other.planes) > share else grown
-
-    def _in_steps(
-        self, contrasts: CalibrationSet, statistics: Statistics, side: Side, label: str, n_steps: int
-    ) -> Grown:
         grown = Grown((), Drift(1.0, 0.0, 0.0))
-        for step in range(n_steps):
-            last = step + 1 == n_steps
+        for step in range(self.n_steps):
+            last = step + 1 == self.n_steps
             if grown.planes:
                 statistics = self._measure_again(contrasts, grown, side, step, label)
             try:
-                grown = self._step(grown, statistics, side, label, step=step, n_steps=n_steps)
+                grown = self._step(grown, statistics, side, step, label)
             except SelectionError:  # nothing (more) fits into this step's share of the limits
                 if last and not grown.planes:
                     raise
@@ -158,17 +137,17 @@ class Growth:
                 some, focus=Focus(toward), mask=planes_digest(grown.planes), label=f"contrasts {label}, step {step + 1}"
             )
 
-    def _step(self, grown: Grown, statistics: Statistics, side: Side, label: str, *, step: int, n_steps: int) -> Grown:
-        last = step + 1 == n_steps
+    def _step(self, grown: Grown, statistics: Statistics, side: Side, step: int, label: str) -> Grown:
+        last = step + 1 == self.n_steps
         damage = self.damages.weighted(*self._weights(grown.drift))
         ranked = fisher_planes(statistics, damage, side, self.gates, self.granularity, gated=grown.planes)
-        limits = self.limits.share((step + 1) / n_steps)
+        limits = self.limits.share((step + 1) / self.n_steps)
         n_trials = self.n_trials if last else min(EARLY_TRIALS, self.n_trials)
         done = 0
 
         def measure(budget: float) -> Drift:
             nonlocal done
-            self.progress(f"budget {label}, step {step + 1} of {n_steps}", done, n_trials)
+            self.progress(f"budget {label}, step {step + 1} of {self.n_steps}", done, n_trials)
             done += 1
             try:
                 return cautious(self.drift(merge_planes(grown.planes, ranked.take(budget))))
@@ -183,7 +162,7 @@ class Growth:
             n_steps=n_trials,
             tolerance=0.05 if last else EARLY_TOLERANCE,
         )
-        self.progress(f"budget {label}, step {step + 1} of {n_steps}", n_trials, n_trials)
+        self.progress(f"budget {label}, step {step + 1} of {self.n_steps}", n_trials, n_trials)
         self._first_budget = result.budget  # the next search's is rarely far
         planes = merge_planes(grown.planes, ranked.take(result.budget))
         return Grown(planes, self.drift(planes), (*grown.steps, result))

@@ -38,11 +38,7 @@ def plane(gate: float, **positions: list[int]) -> Plane:
     return Plane(gate, {name: np.array(at, np.uint32) for name, at in positions.items()})
 
 
-def none_won(_planes: Sequence[Plane]) -> float:
-    return 0.0
-
-
-def growth(calibrator: Calibrator, drift: Drift | None = None, n_steps: int | None = 3) -> tuple[Growth, list[int]]:
+def growth(calibrator: Calibrator, drift: Drift | None = None, n_steps: int = 3) -> tuple[Growth, list[int]]:
     """A growth whose drift is a made-up function of how many groups are gated, and the sizes it was asked about."""
     names = [layer.name for layer in calibrator.layers]
     asked: list[int] = []
@@ -69,7 +65,7 @@ def growth(calibrator: Calibrator, drift: Drift | None = None, n_steps: int | No
 def test_every_step_adds_groups_up_to_its_share_of_the_limits(calibrator: Calibrator) -> None:
     items = calibration_set(24)
     statistics = calibrator.margins(items)
-    grown = [growth(calibrator, n_steps=n)[0].grow(items, statistics, "positive", "E", none_won) for n in (1, 3)]
+    grown = [growth(calibrator, n_steps=n)[0].grow(items, statistics, "positive", "E") for n in (1, 3)]
     one, three = (sum(p.n_positions for p in g.planes) for g in grown)
     most = math.log(1.03) / 1e-4
     assert 0.5 * most < one <= most
@@ -78,21 +74,6 @@ def test_every_step_adds_groups_up_to_its_share_of_the_limits(calibrator: Calibr
     assert planes_digest(grown[0].planes) != planes_digest(grown[1].planes)
     assert grown[1].budget == pytest.approx(sum(step.budget for step in grown[1].steps))
     assert grown[1].n_trials >= 3
-
-
-@pytest.mark.parametrize(("one", "several", "expected"), [(0.95, 1.0, 1), (0.8, 0.9, 3), (0.8, 0.7, 1)])
-def test_more_steps_where_one_wins_too_little(
-    calibrator: Calibrator, one: float, several: float, expected: int
-) -> None:
-    items, asked = calibration_set(24), []
-
-    def won(planes: Sequence[Plane]) -> float:
-        asked.append(planes_digest(planes))
-        return one if planes_digest(planes) == asked[0] else several
-
-    grown = growth(calibrator, n_steps=None)[0].grow(items, calibrator.margins(items), "positive", "E", won)
-    assert len(grown.steps) == expected
-    assert len(asked) == (1 if one > 0.9 else 2)
 
 
 def test_later_steps_measure_the_model_as_masked_so_far(
@@ -111,7 +92,7 @@ def test_later_steps_measure_the_model_as_masked_so_far(
         return margins(self, contrasts, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Calibrator, "margins", watch)
-    growth(calibrator)[0].grow(items, statistics, "negative", "I", none_won)
+    growth(calibrator)[0].grow(items, statistics, "negative", "I")
     assert len(seen) == 2
     assert 0 < seen[0][0] < seen[1][0]
     assert [n for _, n in seen] == [8, 8]
@@ -123,7 +104,7 @@ def test_a_model_that_breaks_at_once_is_an_error(calibrator: Calibrator) -> None
     items = calibration_set(24)
     grower, _ = growth(calibrator, Drift(5.0, 9.0, 2.0))
     with pytest.raises(SelectionError):
-        grower.grow(items, calibrator.margins(items), "positive", "E", none_won)
+        grower.grow(items, calibrator.margins(items), "positive", "E")
 
 
 def test_shares_of_limits_and_what_is_used_of_them() -> None:

@@ -32,7 +32,7 @@ _METHODS = ("contrastive-fisher", "wanda", "contrastive-wanda", "contrastive-spa
 @click.option("--max-chat-kl", type=float, default=0.19, show_default=True, help="Most drift on chat, nats per token.")
 @click.option("--max-perplexity-ratio", type=float, default=1.019, show_default=True, help="Most perplexity, vs base.")
 @click.option("--budget", type=float, help="Fix the damage in nats per token, instead of searching for it.")
-@click.option("--steps", type=click.IntRange(1, 16), help="Measure benefits this often. [default: 1, if need be 3]")
+@click.option("--steps", type=click.IntRange(1, 16), default=3, show_default=True, help="Measure benefits this often.")
 @click.option("--density", type=float, help="Fix the share of masked units, instead of searching.")
 @click.option("--suppress-gate", type=float, default=0.0, show_default=True, help="Factor of suppressed units.")
 @click.option("--amplify-gate", type=float, help="Also amplify units, by this factor (such as 1.5).")
