@@ -88,7 +88,7 @@ def _texts(runtime: PersonaRuntime, n_positions: int) -> list[list[int]]:
     return texts
 
 
-def _divergence(base: Sequence[np.ndarray], changed: Sequence[np.ndarray]) -> float:  # type: ignore[type-arg]
+def _divergence(base: Sequence[np.ndarray], changed: Sequence[np.ndarray]) -> float:
     """KL(base || changed), the mean over all positions, in nats."""
     total, n = 0.0, 0
     for p, q in zip(base, changed, strict=True):
