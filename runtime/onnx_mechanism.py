@@ -66,6 +66,8 @@ def open_editor(model: OnnxModel, *, n_threads: int, mechanism: Mechanism | None
 
 
 def _open_mapped(model: OnnxModel, n_threads: int) -> Editor:
+    if any(matrix.scales is None for matrix in model.matrices()):
+        raise WeightAccessError("this model is not quantized, so it has no scales")
     prepared = prepare(model)
     mapped = _mapped(model, prepared, n_threads)
     places = {matrix.name: places_for(matrix) for matrix in model.matrices()}
