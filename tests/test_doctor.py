@@ -99,7 +99,8 @@ def test_libllama_without_get_tensor_falls_back() -> None:
     check = doctor.check_libllama(ProbeResult({"path": "/lib/libllama.so", "direct": False, "gpu": True}))
     assert check.status == "ok"
     assert check.detail == (
-        "/lib/libllama.so, tensors are found by watching one evaluation (no get_tensor symbol); --gpu-layers can use a GPU"
+        "/lib/libllama.so, tensors are found by watching one evaluation (no get_tensor symbol); "
+        "--gpu-layers can use a GPU"
     )
 
 
