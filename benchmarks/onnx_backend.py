@@ -28,6 +28,7 @@ from persona_edge.runtime.onnx_backend import OnnxBackend
 from persona_edge.runtime.onnx_editors import SessionEditor
 from persona_edge.runtime.onnx_geometry import Geometry
 from persona_edge.runtime.onnx_prepared import prepare
+from persona_edge.runtime.onnx_runtime import load_onnxruntime
 from persona_edge.runtime.onnx_session import OnnxRuntime
 from persona_edge.runtime.onnx_vocabulary import OnnxVocabulary
 
@@ -90,8 +91,9 @@ def measure(job: Job) -> Result:
     reload = Spread.of(list(_reload_times(job)))
     memory = {arm: _in_new_process(_memory, job, arm) for arm in (_STOCK, _BASE, _SWITCHED)}
     parity = measure_parity(job.gguf, job.graph, pack, PERSONAS, n_positions=job.n_positions, n_threads=job.n_threads)
-    sizes = _sizes(job)
+    sizes, version = _sizes(job), load_onnxruntime().__version__
     values = {
+        "onnxruntime": version,
         "model": job.graph.parent.name,
         "mechanism": mechanism,
         "mechanism_notes": list(notes),
@@ -104,8 +106,8 @@ def measure(job: Job) -> Result:
         "parity": [asdict(row) for row in parity],
     }
     text = (
-        f"Mechanism: {mechanism}. A new session with the persona's weights takes {reload.p50:.0f} ms "
-        f"(median of {reload.n}, file in the page cache).",
+        f"onnxruntime {version}. Mechanism: {mechanism}. A new session with the persona's weights takes "
+        f"{reload.p50:.0f} ms (median of {reload.n}, file in the page cache).",
     )
     tables = (_step_table(steps), _speed_table(speeds, job), _memory_table(memory), _size_table(sizes))
     return Result(f"ONNX Runtime: {job.graph.parent.name}", (*tables, _parity_table(parity)), values, text)
@@ -149,7 +151,7 @@ def _speeds(runtime: OnnxRuntime, job: Job) -> list[_Speed]:
 
 def _time_tokens(backend: OnnxBackend, job: Job) -> Iterator[tuple[str, float]]:
     """Seconds per token of a prompt read anew, and of tokens added one by one behind it."""
-    tokens = [17 + i % 1000 for i in range(_N_PROMPT)]
+    tokens = _prompt(backend)
     backend.clear()
     started = perf_counter()
     ticket = backend.evaluate(tokens)
@@ -159,6 +161,10 @@ def _time_tokens(backend: OnnxBackend, job: Job) -> Iterator[tuple[str, float]]:
         tokens.append(40 + i)
         ticket = backend.evaluate(tokens, ticket)
     yield "decode", (perf_counter() - started) / job.n_tokens
+
+
+def _prompt(backend: OnnxBackend) -> list[int]:
+    return [17 + i % min(1000, backend.n_vocab - 17) for i in range(_N_PROMPT)]
 
 
 def _rotated(names: list[str], number: int) -> list[str]:
@@ -210,20 +216,18 @@ def _in_new_process(call: Callable[[Job, str], dict[str, int]], job: Job, arm: s
 
 def _memory(job: Job, arm: str) -> dict[str, int]:
     """Resident and private bytes of this process after a prompt, over what it had with the library alone."""
-    from persona_edge.runtime.onnx_runtime import load_onnxruntime
-
     load_onnxruntime()
     prepare(read_onnx_model(job.graph))
     before = read_memory()
-    tokens = [17 + i % 1000 for i in range(_N_PROMPT)]
     if arm == _STOCK:
         with _stock_backend(job) as stock:
-            stock.evaluate(tokens)
+            stock.evaluate(_prompt(stock))
             return _memory_since(before)
     with OnnxRuntime.open(job.graph, job.pack, n_ctx=_N_PROMPT + job.n_tokens, n_threads=job.n_threads) as runtime:
         for persona in PERSONAS if arm == _SWITCHED else ():
             runtime.switch(persona)
-        _backend_of(runtime).evaluate(tokens)
+        backend = _backend_of(runtime)
+        backend.evaluate(_prompt(backend))
         return _memory_since(before)
 
 
