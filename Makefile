@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard runtime/csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	@echo 'Installing into .venv; the first time, llama.cpp is compiled, which takes 5 to 15 minutes.'
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[offline,eval,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[offline,eval,onnx,dev]'
 	@touch $@
 
 demo: $(STAMP)
