@@ -22,7 +22,7 @@ help:
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt $(wildcard runtime/csrc/*)
+$(STAMP): Makefile pyproject.toml constraints.txt $(wildcard runtime/csrc/*)
 	$(PYTHON) -c "import sys; sys.exit('persona-edge needs Python 3.11 or later; set PYTHON=...') if sys.version_info < (3, 11) else None"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
