@@ -151,7 +151,6 @@ BENCHMARKS: Mapping[str, Callable[[Settings], record.Result]] = {
     "export": _export,
 }
 _CONTRASTS, _QUICK_CONTRASTS = 32, 4
-_RUNTIME_MODELS = ("smollm2-135m", "qwen2.5-0.5b", "1.7b", "8b")
 _PARITY_MODELS = (DEFAULT_MODEL, "qwen2.5-0.5b", "gemma3-270m")
 _COUNT = click.IntRange(min=1)
 _TWO = click.IntRange(min=2)  # fewer have no spread, or no time between them
@@ -177,7 +176,7 @@ _TWO = click.IntRange(min=2)  # fewer have no spread, or no time between them
 )
 @click.option(
     "--models",
-    default=",".join(_RUNTIME_MODELS),
+    default="smollm2-135m,qwen2.5-0.5b,1.7b,8b",
     show_default=True,
     help="runtime: catalogue names, paths, or shapes of random weights, with commas between.",
 )

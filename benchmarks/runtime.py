@@ -9,6 +9,7 @@ synthetic_models; packs are random at 1 % density, and for a model that has a pa
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,9 +28,8 @@ from persona_edge.errors import PersonaEdgeError
 from persona_edge.find_packs import find_pack
 from persona_edge.maskpack import MaskPack, write_pack
 
-__all__ = ["DEFAULT_MODELS", "Plan", "measure"]
+__all__ = ["Plan", "left_out", "measure"]
 
-DEFAULT_MODELS = ("smollm2-135m", "qwen2.5-0.5b", "1.7b", "8b")
 _LARGE = 2 << 30  # bytes of a file: from here on, prompts are short and tokens few
 _SYSTEM_PROMPT_BYTES = 400  # a paragraph that describes a character
 
@@ -60,7 +60,7 @@ class Plan:
             n_prompt=min(self.n_prompt, 128),
             lengths=self.lengths[:1],
             densities=(self.density,),
-            seconds=20.0,
+            seconds=60.0,
         )
 
     def of_size(self, n_bytes: int) -> Plan:
@@ -71,10 +71,17 @@ class Plan:
 
 
 def measure(models: Sequence[str], plan: Plan, folder: Path | None = None) -> Result:
-    """Everything for each of `models`. What fails is noted and left out; raises only when a model cannot be had."""
+    """Everything for each of `models`. What fails is noted and left out; raises only when a model cannot be had.
+
+    What is there after each model is kept in `folder` as runtime.unfinished.json.
+    """
     folder = folder or synthetic_folder()
     problems: list[str] = []
-    found = [_measure_model(name, _path_of(name), plan, folder, problems) for name in models]
+    found = []
+    for name in models:
+        found.append(_measure_model(name, _path_of(name), plan, folder, problems))
+        unfinished = json.dumps([each.to_json() for each in found], indent=2)  # hours, should a later model fail
+        (folder / "runtime.unfinished.json").write_text(unfinished + "\n", encoding="utf-8")
     values = {
         "plan": asdict(plan),
         "models": [each.to_json() for each in found],
@@ -101,15 +108,26 @@ def _measure_model(name: str, path: Path, plan: Plan, folder: Path, problems: li
     for stage, job in _jobs(path, plan, rivals, folder):
         print(f"{label}: {stage} {job.arm}", file=sys.stderr, flush=True)
         try:
-            measured += run_job(job)
+            found = run_job(job)
         except PersonaEdgeError as error:
             problems.append(f"{label}: {error}")
+            print(problems[-1], file=sys.stderr, flush=True)
+            continue
+        problems += [f"{label}: {missing}" for missing in left_out(job, found)]
+        measured += found
     real_switch: list[Measured] = []
     if real is not None:
         job = replace(_job("density", path, plan, rivals), packs=((0.0, str(real)),))
         real_switch = run_job(job)
     artefacts = list(_artefacts(path, rivals, real))
     return ModelResult(label, path.stat().st_size, _merged(measured), tuple(real_switch), tuple(artefacts))
+
+
+def left_out(job: Job, found: Sequence[Measured]) -> list[str]:
+    """Why lengths that `job` asks for are not among what it found."""
+    there = {each.what for each in found}
+    reason = "the model's context is shorter, or one round takes more than four times --minutes"
+    return [f"a context of {n} tokens, for {reason}" for n in job.lengths if f"{n} tokens" not in there]
 
 
 def _jobs(path: Path, plan: Plan, rivals: Rivals, folder: Path) -> Iterator[tuple[Stage, Job]]:

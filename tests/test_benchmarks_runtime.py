@@ -150,6 +150,8 @@ def test_every_way_reaches_a_first_token(job: Job) -> None:
     assert ours is not None
     assert kept is not None
     assert ours.spread.p50 > 0 < kept.spread.p50
+    [said] = runtime.left_out(replace(job, lengths=(300, 100_000)), found)
+    assert said.startswith("a context of 100000 tokens, for the model's context is shorter")
 
 
 def test_every_arm_decodes(job: Job) -> None:
