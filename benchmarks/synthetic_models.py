@@ -151,9 +151,11 @@ def _add_metadata(writer: GGUFWriter, shape: Shape) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
     n_more = shape.n_vocab - len(_ALPHABET) - 1
-    writer.add_token_list([chr(code) for code in _ALPHABET] + ["<end>"] + [f"token{i}" for i in range(n_more)])
+    writer.add_token_list(
+        [chr(code) for code in _ALPHABET] + ["<end>", "ab"] + [f"token{i}" for i in range(n_more - 1)]
+    )
     writer.add_token_types([1] * len(_ALPHABET) + [3] + [1] * n_more)
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b"])  # transformers needs what a merge makes to be a token
     writer.add_eos_token_id(len(_ALPHABET))
 
 

@@ -30,7 +30,7 @@ from persona_edge.masks import Granularity
 from persona_edge.modeling import LinearLayer, TorchModel
 from persona_edge.packed_pairs import contrast_batches
 from persona_edge.persona_sets import neutral_prompts, neutral_texts
-from persona_edge.statistics import Statistics, load_statistics, merge, save_statistics
+from persona_edge.statistics import Statistics, load_statistics, save_statistics
 
 __all__ = ["CalibrationSettings", "Calibrator", "DamageStatistics", "NeutralData", "Progress", "silent"]
 
@@ -136,8 +136,8 @@ class Calibrator:
         if focus is not None or mask:
             key.update(mask=mask, focus=None if focus is None else asdict(focus))
 
-        def one(i: int) -> Statistics:
-            return collect_margins(self.model, self.layers, groups[i], granularity=granularity, focus=focus)
+        def one(i: int, onto: Statistics | None) -> Statistics:
+            return collect_margins(self.model, self.layers, groups[i], granularity=granularity, focus=focus, onto=onto)
 
         return self._sum(label or f"contrasts {calibration_set.axis}", "margin", key, [len(g) for g in groups], one)
 
@@ -190,17 +190,21 @@ class Calibrator:
         groups = list(batches(texts, max_tokens=settings.max_batch_tokens, device=self.model.device))
         key = {"what": "damage", "texts": _hash([text.tokens for text in texts]), "fisher": settings.gate_fisher}
 
-        def one(i: int) -> Statistics:
-            return collect_damage(
-                self.model, self.layers, groups[i], seed=settings.seed + i, gate_fisher=settings.gate_fisher
-            )
+        def one(i: int, onto: Statistics | None) -> Statistics:
+            fisher, seed = settings.gate_fisher, settings.seed + i
+            return collect_damage(self.model, self.layers, groups[i], seed=seed, gate_fisher=fisher, onto=onto)
 
         return self._sum(f"neutral {label}", "damage", key, [len(g.items) for g in groups], one)
 
     def _sum(
-        self, label: str, kind: str, what: Mapping[str, object], sizes: Sequence[int], one: Callable[[int], Statistics]
+        self,
+        label: str,
+        kind: str,
+        what: Mapping[str, object],
+        sizes: Sequence[int],
+        one: Callable[[int, Statistics | None], Statistics],
     ) -> Statistics:
-        """Sum `one(i)` over the batches; resumes from, and leaves, checkpoints."""
+        """Sum over the batches: `one(i, sums so far)` adds batch i. Resumes from, and leaves, checkpoints."""
         key = self._key({**what, "batches": list(sizes)})
         path = self._folder / f"{kind}-{_hash(key)[:12]}.safetensors"
         total = load_statistics(path, key)
@@ -212,9 +216,8 @@ class Calibrator:
         saved = time.monotonic()
         for i in range(done, len(sizes)):
             self.progress(label, sum(sizes[:i]), sum(sizes))
-            part = one(i)
+            total = one(i, total)
             release_freed_memory()
-            total = part if total is None else merge(total, part)
             if i + 1 < len(sizes) and time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
                 save_statistics(partial, total, key)
                 saved = time.monotonic()

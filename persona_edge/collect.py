@@ -9,19 +9,21 @@ Nothing is kept for longer than one layer of one batch, except the sums.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from persona_edge.denormals import denormals_flushed
 from persona_edge.encoding import Batch
-from persona_edge.errors import CalibrationError
-from persona_edge.forward import scored_logits
+from persona_edge.forward import raw_scored_logits, target_log_probabilities
 from persona_edge.masks import Granularity
 from persona_edge.modeling import LinearLayer, TorchModel
-from persona_edge.packed_pairs import ContrastPair, pack_pairs, packed_logits
-from persona_edge.statistics import Statistics, merge
+from persona_edge.packed_pairs import ContrastPair, pack_pairs, raw_packed_logits
+from persona_edge.statistics import Kind, Statistics
 
 if TYPE_CHECKING:
     import torch
@@ -60,26 +62,30 @@ class Focus:
 
 
 class _Sums:
-    """Running float32 sums on the CPU, by field and tensor."""
+    """Running float32 sums on the CPU, by field and tensor; on top of `onto`, whose arrays they take over."""
 
-    def __init__(self, layers: Sequence[LinearLayer]) -> None:
+    def __init__(self, layers: Sequence[LinearLayer], onto: Statistics | None) -> None:
         self.order = tuple(layer.name for layer in layers)
-        self.values: dict[str, dict[str, torch.Tensor]] = {}
+        self.counts: Mapping[str, int] = {} if onto is None else onto.counts
+        self.values: dict[str, dict[str, NDArray[np.float32]]] = {}
+        if onto is not None:
+            self.values = {field: dict(tensors) for field, tensors in onto.sums.items()}
 
     def add(self, field: str, tensor: str, values: torch.Tensor) -> None:
-        values = values.detach().float().cpu()
+        import torch
+
         tensors = self.values.setdefault(field, {})
         if tensor in tensors:
-            tensors[tensor] += values
+            tensors[tensor] += values.detach().float().cpu().numpy()
         else:
-            tensors[tensor] = values.clone()
+            tensors[tensor] = values.detach().to("cpu", torch.float32, copy=True).numpy()
 
-    def finish(self, kind: str, counts: dict[str, int]) -> Statistics:
+    def finish(self, kind: Kind, counts: Mapping[str, int]) -> Statistics:
         sums = {
-            field: {name: tensors[name].numpy() for name in self.order if name in tensors}
+            field: {name: tensors[name] for name in self.order if name in tensors}
             for field, tensors in self.values.items()
         }
-        return Statistics("margin" if kind == "margin" else "damage", counts, sums)
+        return Statistics(kind, {name: n + self.counts.get(name, 0) for name, n in counts.items()}, sums)
 
 
 @contextmanager
@@ -119,9 +125,9 @@ def _watching(
 
 
 def _logits(model: TorchModel, batch: Batch) -> torch.Tensor:
-    """Logits at the scored positions, (n_scored, n_vocab) float32, row-major, with a graph from the embeddings on."""
+    """Logits at the scored positions, (n_scored, n_vocab), row-major, with a graph from the embeddings on."""
     embeddings = model.model.get_input_embeddings()(batch.tokens).requires_grad_(True)
-    return scored_logits(model, batch, inputs_embeds=embeddings)
+    return raw_scored_logits(model, batch, inputs_embeds=embeddings)
 
 
 @denormals_flushed()
@@ -132,17 +138,18 @@ def collect_margins(
     *,
     granularity: Granularity = 32,
     focus: Focus | None = None,
+    onto: Statistics | None = None,
 ) -> Statistics:
     """Margin statistics of one batch of contrasts on the model as it stands; see statistics.py for the fields.
 
     The margin of a contrast is the mean log-probability of the positive answer's tokens minus the negative's, in nats.
     With a `focus`, contrasts weigh as it says and channel statistics are left out. On a masked model the derivative of
-    a closed gate is 0, as its weights are.
+    a closed gate is 0, as its weights are. `onto` are the sums of earlier batches: they are added to in place.
     """
     import torch
 
     batch = pack_pairs(pairs, model.device)
-    sums = _Sums(layers)
+    sums = _Sums(layers, onto)
     seen_by = {"positive": batch.is_positive, "negative": ~batch.is_positive}
 
     def channels(layer: LinearLayer, x: torch.Tensor) -> None:
@@ -156,12 +163,10 @@ def collect_margins(
         product = delta.flatten(0, -2).T @ x.flatten(0, -2)
         gradient = layer.to_gguf_rows(_group_sums(product * weight, granularity))
         sums.add("gate_gradient", layer.name, gradient)
-        sums.add("gate_gradient_square", layer.name, gradient.square() / len(pairs))
 
     with _watching(layers, channels if focus is None else None, gates):
         embeddings = model.model.get_input_embeddings()(batch.tokens).requires_grad_(True)
-        logits = packed_logits(model, batch, embeddings)
-        log_p = logits.log_softmax(-1).gather(-1, batch.targets[:, None])[:, 0]
+        log_p = target_log_probabilities(raw_packed_logits(model, batch, embeddings), batch.targets)
         terms = log_p * torch.where(batch.is_positive, batch.shares, -batch.shares)
         if focus is not None:
             margins = torch.zeros(len(pairs), device=terms.device).index_add(0, batch.rows, terms.detach())
@@ -194,14 +199,16 @@ def collect_damage(
     *,
     seed: int,
     gate_fisher: bool = True,
+    onto: Statistics | None = None,
 ) -> Statistics:
     """Damage statistics of one batch of neutral text; see statistics.py for the fields.
 
-    Labels are sampled from the model itself, so that squared gradients estimate the Fisher information.
+    Labels are sampled from the model itself, so that squared gradients estimate the Fisher information. `onto` are the
+    sums of earlier batches: they are added to in place.
     """
     import torch
 
-    sums = _Sums(layers)
+    sums = _Sums(layers, onto)
     kept = batch.attention_mask.bool()
 
     def moments(layer: LinearLayer, x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor) -> None:
@@ -218,8 +225,11 @@ def collect_damage(
         logits = _logits(model, batch)
         with torch.no_grad():
             generator = torch.Generator(device=logits.device).manual_seed(seed)
-            labels = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-        logits.log_softmax(-1).gather(-1, labels).sum().backward()
+            probabilities = logits.to(torch.float32, copy=True)
+            torch.softmax(probabilities, -1, out=probabilities)
+            labels = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+            del probabilities
+        target_log_probabilities(logits, labels).sum().backward()
     return sums.finish("damage", {"batches": 1, "tokens": int(batch.scored.sum())})
 
 
@@ -231,15 +241,6 @@ def _squared_gates(weight: torch.Tensor, x: torch.Tensor, delta: torch.Tensor) -
     total = torch.zeros(weight.shape[0], weight.shape[2], dtype=torch.float32, device=weight.device)
     for inputs, gradients in zip(x.split(CHUNK_TOKENS), delta.split(CHUNK_TOKENS), strict=True):
         groups = inputs.unflatten(-1, (-1, 32)).transpose(0, 1)  # (n_groups, n_tokens, 32)
-        total += (torch.bmm(groups, weight) * gradients).square().sum(1, dtype=torch.float32)
+        # In place: of the largest layers of an 8B model this is half a GB.
+        total += torch.bmm(groups, weight).mul_(gradients).square_().sum(1, dtype=torch.float32)
     return total.T
-
-
-def merged(parts: Sequence[Statistics]) -> Statistics:
-    """All parts as one; CalibrationError when there are none."""
-    if not parts:
-        raise CalibrationError("no statistics to merge")
-    total = parts[0]
-    for part in parts[1:]:
-        total = merge(total, part)
-    return total

@@ -6,7 +6,7 @@ answer's tokens and as their mean (length-normalised).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from persona_edge.denormals import denormals_flushed
 from persona_edge.encoding import Batch, EncodedText, batches
 from persona_edge.errors import CalibrationError
-from persona_edge.forward import scored_logits, scored_targets
+from persona_edge.forward import ROWS_AT_ONCE, raw_scored_logits, scored_targets, target_log_probabilities
 from persona_edge.modeling import TorchModel
-from persona_edge.packed_pairs import ContrastPair, contrast_batches, pack_pairs, packed_logits
+from persona_edge.packed_pairs import ContrastPair, contrast_batches, pack_pairs, raw_packed_logits
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +69,7 @@ def score_answers(model: TorchModel, pairs: Sequence[ContrastPair], *, max_token
     for group in contrast_batches(numbered, max_tokens=max_tokens):
         batch = pack_pairs(group, model.device)
         with torch.no_grad():
-            log_p = packed_logits(model, batch).log_softmax(-1).gather(-1, batch.targets[:, None])[:, 0]
+            log_p = target_log_probabilities(raw_packed_logits(model, batch), batch.targets)
         items = np.array([positive.item for positive, _ in group])[batch.rows.cpu().numpy()]
         np.add.at(sums, ((~batch.is_positive).long().cpu().numpy(), items), log_p.double().cpu().numpy())
     lengths = np.array([[text.n_scored for text in pair] for pair in pairs], dtype=np.int64)
@@ -97,16 +97,7 @@ def _next_logits(model: TorchModel, batch: Batch) -> torch.Tensor:
     import torch
 
     with torch.no_grad():
-        return scored_logits(model, batch)
-
-
-def _next_log_probabilities(model: TorchModel, batch: Batch) -> torch.Tensor:
-    """Log-probability of each scored next token, zero elsewhere, (n_sequences, n_tokens - 1)."""
-    import torch
-
-    result = torch.zeros_like(batch.scored)
-    result[batch.scored.bool()] = _at_targets(_next_logits(model, batch).log_softmax(-1), batch)
-    return result
+        return raw_scored_logits(model, batch)
 
 
 @denormals_flushed()
@@ -114,7 +105,7 @@ def perplexity(model: TorchModel, texts: Sequence[EncodedText], *, max_tokens: i
     """exp of the mean negative log-probability over all scored tokens."""
     total, n = 0.0, 0.0
     for batch in batches(texts, max_tokens=max_tokens, device=model.device):
-        total -= float(_next_log_probabilities(model, batch).sum())
+        total -= float(target_log_probabilities(_next_logits(model, batch), scored_targets(batch)).sum())
         n += float(batch.scored.sum())
     if not n:
         raise CalibrationError("no tokens to measure perplexity on")
@@ -151,10 +142,14 @@ def measure_base(model: TorchModel, texts: Sequence[EncodedText], *, max_tokens:
     recorded: list[torch.Tensor] = []
     total, n = 0.0, 0.0
     for batch in groups:
-        log_p = _next_logits(model, batch).log_softmax(-1)
-        total += float(_at_targets(log_p, batch).sum())
+        logits = _next_logits(model, batch)
+        record = torch.empty(logits.shape, dtype=torch.float16)
+        for rows, targets in _by_rows(scored_targets(batch)):
+            log_p = logits[rows].float().log_softmax(-1)
+            total += _sum_at(log_p, targets)
+            record[rows] = log_p.to("cpu", torch.float16)
         n += float(batch.scored.sum())
-        recorded.append(log_p.to("cpu", torch.float16))
+        recorded.append(record)
     if not n:
         raise CalibrationError("no tokens to measure drift on")
     return BaseBehaviour(groups, tuple(recorded), float(np.exp(-total / n)))
@@ -165,13 +160,22 @@ def mean_kl(model: TorchModel, base: BaseBehaviour) -> NeutralDrift:
     """How far the model as it stands now has drifted from `base` on the same texts."""
     kl, log_p, n = 0.0, 0.0, 0.0
     for batch, recorded in zip(base.batches, base.log_probabilities, strict=True):
-        now = _next_logits(model, batch).log_softmax(-1)
-        before = recorded.to(now.device).float().log_softmax(-1)
-        kl += float((before.exp() * (before - now)).sum())
-        log_p += float(_at_targets(now, batch).sum())
+        logits = _next_logits(model, batch)
+        for rows, targets in _by_rows(scored_targets(batch)):
+            now = logits[rows].float().log_softmax(-1)
+            before = recorded[rows].to(now.device).float().log_softmax(-1)
+            kl += float((before.exp() * (before - now)).sum())
+            log_p += _sum_at(now, targets)
         n += float(batch.scored.sum())
     return NeutralDrift(kl / n, float(np.exp(-log_p / n)) / base.perplexity)
 
 
-def _at_targets(log_probabilities: torch.Tensor, batch: Batch) -> torch.Tensor:
-    return log_probabilities.gather(-1, scored_targets(batch)[:, None])[:, 0]
+def _by_rows(targets: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """A few rows at a time, with their targets: what is as long as the vocabulary is large."""
+    for start in range(0, len(targets), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        yield rows, targets[rows]
+
+
+def _sum_at(log_probabilities: torch.Tensor, targets: torch.Tensor) -> float:
+    return float(log_probabilities.gather(-1, targets[:, None]).sum())

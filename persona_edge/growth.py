@@ -121,6 +121,7 @@ class Growth:
         for step in range(self.n_steps):
             last = step + 1 == self.n_steps
             if grown.planes:
+                del statistics  # 0.9 GB of an 8B model, while the next ones are gathered
                 statistics = self._measure_again(contrasts, grown, side, step, label)
             try:
                 grown = self._step(grown, statistics, side, step, label)

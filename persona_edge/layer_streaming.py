@@ -20,6 +20,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from persona_edge.errors import UnsupportedModelError
+from persona_edge.machine import available_memory
 
 if TYPE_CHECKING:
     import torch
@@ -33,17 +34,20 @@ LARGEST_SHARE = 0.6
 
 
 def exceeds_memory(model: Any, device: str) -> bool:
-    """Whether the weights of `model` would take more than LARGEST_SHARE of what is free on `device`, a CUDA device.
+    """Whether the weights of `model`, which lies in main memory, take more than LARGEST_SHARE of what is free for it.
 
-    False on any other device: there the weights lie in main memory anyway.
+    On a CUDA device that is what is free there; on a CPU what the weights have and what is still free, as far as that
+    can be told. False on any other device.
     """
     import torch
 
-    if not device.startswith("cuda"):
-        return False
-    free_bytes, _total = torch.cuda.mem_get_info(device)
     weight_bytes = sum(int(p.numel() * p.element_size()) for p in model.parameters())
-    return weight_bytes > LARGEST_SHARE * free_bytes
+    if device.startswith("cuda"):
+        free_bytes: int | None = torch.cuda.mem_get_info(device)[0]
+    else:
+        available = available_memory() if device == "cpu" else None
+        free_bytes = None if available is None else available + weight_bytes
+    return free_bytes is not None and weight_bytes > LARGEST_SHARE * free_bytes
 
 
 @contextmanager

@@ -166,7 +166,7 @@ def load_torch_model(
     """Load `source`, a GGUF file or a Hugging Face folder, for calibration and evaluation.
 
     `streaming` keeps the decoder blocks in main memory and runs them on the device one at a time (layer_streaming.py):
-    `auto` does so on a CUDA device that is too small; True on a CPU trades time for the memory of activations.
+    `auto` does so where memory is short for the weights; on a CPU that trades time for the memory of activations.
     Raises MissingDependencyError without the offline extra, ModelFileError when the file cannot be read and
     UnsupportedModelError when its layers have no GGUF names.
     """

@@ -18,7 +18,16 @@ from persona_edge.modeling import TorchModel, text_config
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ContrastPair", "PackedPairs", "PackedRows", "contrast_batches", "pack_pairs", "pack_rows", "packed_logits"]
+__all__ = [
+    "ContrastPair",
+    "PackedPairs",
+    "PackedRows",
+    "contrast_batches",
+    "pack_pairs",
+    "pack_rows",
+    "packed_logits",
+    "raw_packed_logits",
+]
 
 ContrastPair = tuple[EncodedText, EncodedText]
 PromptAndEndings = tuple[Sequence[int], Sequence[Sequence[int]]]
@@ -127,6 +136,11 @@ def packed_logits(model: TorchModel, batch: PackedRows, inputs_embeds: torch.Ten
 
     Records a graph unless called under torch.no_grad().
     """
+    return raw_packed_logits(model, batch, inputs_embeds).float()
+
+
+def raw_packed_logits(model: TorchModel, batch: PackedRows, inputs_embeds: torch.Tensor | None = None) -> torch.Tensor:
+    """`packed_logits` in the model's own number format, half the size in bfloat16."""
     import torch
 
     columns, column_of = torch.unique(batch.positions, return_inverse=True)
@@ -138,7 +152,7 @@ def packed_logits(model: TorchModel, batch: PackedRows, inputs_embeds: torch.Ten
         use_cache=False,
         logits_to_keep=columns,
     )
-    logits: torch.Tensor = output.logits[batch.rows, column_of].float()
+    logits: torch.Tensor = output.logits[batch.rows, column_of]
     return logits
 
 

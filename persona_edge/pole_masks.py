@@ -17,6 +17,7 @@ from persona_edge.calibration import DamageStatistics
 from persona_edge.errors import InputError
 from persona_edge.masks import Granularity, Plane
 from persona_edge.modeling import TorchModel
+from persona_edge.per_tensor import PerTensor
 from persona_edge.scores import (
     contrastive_sparse_scores,
     contrastive_wanda_scores,
@@ -63,9 +64,9 @@ class Damages:
     web: Mapping[str, Floats]
     chat: Mapping[str, Floats]
 
-    def weighted(self, web: float, chat: float) -> dict[str, Floats]:
-        """The weighted sum of both, in nats per token of web text when `web` is 1."""
-        return {name: weighted_damage((damage, self.chat[name]), (web, chat)) for name, damage in self.web.items()}
+    def weighted(self, web: float, chat: float) -> PerTensor:
+        """The weighted sum of both when asked for, in nats per token of web text when `web` is 1."""
+        return PerTensor(self.web, lambda name: weighted_damage((self.web[name], self.chat[name]), (web, chat)))
 
     @property
     def n_units(self) -> int:
@@ -91,7 +92,7 @@ def _text_damage(
 ) -> dict[str, Floats]:
     inputs = statistics.mean("input_square", "tokens")
     outputs = statistics.mean("output_gradient_square", "tokens")
-    gates = statistics.mean("gate_gradient_square", "tokens") if with_gates else {}
+    gates: Mapping[str, Floats] = statistics.mean("gate_gradient_square", "tokens") if with_gates else {}
     damage = {}
     for name in names:
         kfac = kfac_group_damage(model.layer(name).weights(), inputs[name], outputs[name], group_size=granularity)
@@ -115,17 +116,21 @@ def fisher_planes(
     """
     gradient = margins.mean("gate_gradient", "contrasts")
     sign = np.float32(1 if side == "positive" else -1)
-    benefit = {name: suppression_benefit(sign * gradient[name]) for name in damage}
-    for plane in gated:
-        for name, positions in plane.positions.items():
-            benefit[name].ravel()[positions] = 0
+
+    def benefit(name: str) -> Floats:
+        found = suppression_benefit(sign * gradient[name])
+        for plane in gated:
+            if name in plane.positions:
+                np.put(found, plane.positions[name], 0)
+        return found
+
     return rank_planes(
-        benefit,
+        PerTensor(damage, benefit),
         damage,
         suppress_gate=gates.suppress,
         amplify_gate=gates.amplify,
         granularity=granularity,
-        epsilon=1 / sum(values.size for values in damage.values()),
+        epsilon=1 / sum(margins.sums["gate_gradient"][name].size for name in damage),
     )
 
 

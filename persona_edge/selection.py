@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from persona_edge.errors import InputError, SelectionError
 from persona_edge.masks import Granularity, Plane
+from persona_edge.per_tensor import PerTensor
 from persona_edge.scores import DAMAGE_EPSILON, contrastive_fisher_ratio
 from persona_edge.tensor_filter import filter_tensors
 
@@ -161,7 +162,7 @@ def rank(
     for name, values in benefit.items():
         ratio = contrastive_fisher_ratio(values, damage[name], epsilon=epsilon)
         keys[name] = np.where(values > 0, _sortable(ratio), np.uint32(0)).ravel()
-    return RankedUnits(keys, {name: damage[name].ravel() for name in benefit})
+    return RankedUnits(keys, PerTensor(benefit, lambda name: damage[name].ravel()))
 
 
 def rank_scores(scores: Mapping[str, Floats]) -> RankedUnits:
@@ -275,10 +276,13 @@ def rank_planes(
         units = rank(benefit, damage, epsilon=epsilon)  # nothing to scale: spares two copies of everything
     else:
         _require_rankable(benefit, damage)
-        factors = {name: _gate_distance(values, suppress_gate, amplify_gate) for name, values in benefit.items()}
+
+        def factor(name: str) -> Floats:
+            return _gate_distance(benefit[name], suppress_gate, amplify_gate)
+
         units = rank(
-            {name: values * factors[name] for name, values in benefit.items()},
-            {name: values * factors[name] ** 2 for name, values in damage.items()},
+            PerTensor(benefit, lambda name: benefit[name] * factor(name)),
+            PerTensor(benefit, lambda name: damage[name] * factor(name) ** 2),
             epsilon=epsilon,
         )
     suppressed = {name: np.asarray(values > 0, np.bool_).ravel() for name, values in benefit.items()}
@@ -361,11 +365,12 @@ def _require_rankable(benefit: Mapping[str, Floats], damage: Mapping[str, Floats
         odd = ", ".join(sorted(benefit.keys() ^ damage.keys()))
         raise SelectionError(f"{odd}: benefit or damage is missing; gather both for the same tensors")
     for name, values in benefit.items():
-        if values.shape != damage[name].shape:
-            raise SelectionError(f"{name}: benefit is {values.shape}, but damage is {damage[name].shape}")
+        cost = damage[name]
+        if values.shape != cost.shape:
+            raise SelectionError(f"{name}: benefit is {values.shape}, but damage is {cost.shape}")
         _require_finite(name, "benefit", values)
-        _require_finite(name, "damage", damage[name])
-        lowest = damage[name].min(initial=0)
+        _require_finite(name, "damage", cost)
+        lowest = cost.min(initial=0)
         if lowest < 0:
             raise SelectionError(f"{name}: damage {lowest:.3g} is below 0; recompute the statistics")
 

@@ -4,7 +4,6 @@ Plain sums, so that they merge across batches, files and machines, and can be sa
 (all float32 in memory; unit in brackets):
 
 margin      gate_gradient (n_rows, n_groups)   sum over contrasts of d margin / d gate            [nats per token]
-            gate_gradient_square               sum over batches of (batch sum)^2 / batch size
             positive_{abs,sum,square} (n_columns,), negative_{…}   sums over response tokens of |x|, x, x^2
 damage      input_square (n_columns,)          sum over tokens of x^2
             output_gradient_square (n_rows,)   sum over tokens of delta^2
@@ -18,7 +17,7 @@ collect.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -28,8 +27,9 @@ from numpy.typing import NDArray
 
 from persona_edge.errors import CalibrationError
 from persona_edge.files import atomic_output
+from persona_edge.per_tensor import PerTensor
 
-__all__ = ["Statistics", "load_statistics", "merge", "save_statistics"]
+__all__ = ["Kind", "Statistics", "load_statistics", "merge", "save_statistics"]
 
 Kind = Literal["margin", "damage"]
 TensorSums = Mapping[str, NDArray[np.float32]]
@@ -43,12 +43,13 @@ class Statistics:
     counts: Mapping[str, int] = field(default_factory=dict)
     sums: Mapping[str, TensorSums] = field(default_factory=dict)
 
-    def mean(self, field_name: str, count: str) -> dict[str, NDArray[np.float32]]:
-        """A field divided by a count, per tensor; CalibrationError when nothing was counted."""
+    def mean(self, field_name: str, count: str) -> PerTensor:
+        """A field divided by a count, per tensor and when asked for; CalibrationError when nothing was counted."""
         n = self.counts.get(count, 0)
         if n < 1:
             raise CalibrationError(f"no {count} were counted in these statistics; calibrate with more data")
-        return {name: values / np.float32(n) for name, values in self.sums[field_name].items()}
+        sums = self.sums[field_name]
+        return PerTensor(sums, lambda name: sums[name] / np.float32(n))
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -74,13 +75,8 @@ def merge(first: Statistics, second: Statistics) -> Statistics:
 
 def save_statistics(path: Path, statistics: Statistics, key: Mapping[str, object]) -> None:
     """Write to a safetensors file, whole or not at all. `key` says what they were computed from."""
-    from safetensors.numpy import save
-
-    # safetensors writes an array's memory as it lies, so a transposed one would come back scrambled.
     flat = {
-        f"{name}|{tensor}": np.ascontiguousarray(values)
-        for name, tensors in statistics.sums.items()
-        for tensor, values in tensors.items()
+        f"{name}|{tensor}": values for name, tensors in statistics.sums.items() for tensor, values in tensors.items()
     }
     metadata = {
         "kind": statistics.kind,
@@ -89,7 +85,21 @@ def save_statistics(path: Path, statistics: Statistics, key: Mapping[str, object
         "key": json.dumps(dict(key), sort_keys=True),
     }
     with atomic_output(path) as file:
-        file.write(save(flat, metadata))
+        file.writelines(_safetensors(flat, metadata))
+
+
+def _safetensors(arrays: TensorSums, metadata: Mapping[str, str]) -> Iterator[bytes]:
+    """A safetensors file of float32 arrays, piece by piece: the package's own writer makes a copy of all first."""
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, values in arrays.items():
+        start, end = end, end + 4 * values.size
+        header[name] = {"dtype": "F32", "shape": list(values.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for values in arrays.values():
+        yield np.asarray(values, "<f4").tobytes()
 
 
 def load_statistics(path: Path, key: Mapping[str, object]) -> Statistics | None:

@@ -154,4 +154,4 @@ def test_a_focused_gradient_is_that_of_weighted_margins(model: TorchModel, one_t
         assert 0 < ratio < 1
     for name, values in expected.items():
         np.testing.assert_allclose(found.sums["gate_gradient"][name], values, rtol=1e-3, atol=1e-6)
-    assert set(found.sums) == {"gate_gradient", "gate_gradient_square"}
+    assert set(found.sums) == {"gate_gradient"}

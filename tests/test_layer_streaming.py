@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from persona_edge import layer_streaming
 from persona_edge.collect import collect_damage, collect_margins
 from persona_edge.encoding import EncodedText, encode_text, pad
 from persona_edge.errors import UnsupportedModelError
@@ -248,7 +249,10 @@ def test_streaming_is_chosen_by_the_free_memory_of_a_cuda_device(
     for free, expected in ((needed, True), (2 * needed, False)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device, free=free: (free, 10 * needed))
         assert exceeds_memory(llama.model, "cuda:0") is expected
-    assert not exceeds_memory(llama.model, "cpu")
+    beside: tuple[tuple[int | None, bool], ...] = ((0, True), (needed, False), (None, False))
+    for available, expected in beside:  # the weights are in main memory already
+        monkeypatch.setattr(layer_streaming, "available_memory", lambda available=available: available)
+        assert exceeds_memory(llama.model, "cpu") is expected
     assert not exceeds_memory(llama.model, "mps")
 
 
