@@ -133,6 +133,13 @@ def _onnx(settings: Settings) -> record.Result:
     return onnx_backend.measure(job)
 
 
+def _memory(settings: Settings) -> record.Result:
+    from benchmarks import calibration_memory
+
+    plan = calibration_memory.Plan()
+    return calibration_memory.measure(plan=plan.quick() if settings.quick else plan)
+
+
 def _size(_settings: Settings) -> record.Result:
     from benchmarks.reports import measure_size
 
@@ -149,6 +156,7 @@ BENCHMARKS: Mapping[str, Callable[[Settings], record.Result]] = {
     "runtime": _runtime,
     "onnx": _onnx,
     "export": _export,
+    "memory": _memory,
 }
 _CONTRASTS, _QUICK_CONTRASTS = 32, 4
 _PARITY_MODELS = (DEFAULT_MODEL, "qwen2.5-0.5b", "gemma3-270m")
@@ -183,7 +191,7 @@ _TWO = click.IntRange(min=2)  # fewer have no spread, or no time between them
 @click.option(
     "--minutes", default=10.0, show_default=True, type=float, help="runtime: no new round of a stage after these."
 )
-@click.option("--quick", is_flag=True, help="runtime, export: little data, to see that it works.")
+@click.option("--quick", is_flag=True, help="runtime, export, memory: little data, to see that it works.")
 @click.option("--heavy", is_flag=True, help="export: ours with its own method on everything, too.")
 def main(
     *,
