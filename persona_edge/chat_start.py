@@ -16,8 +16,8 @@ from persona_edge.errors import InputError, ModelMismatchError, PackError
 from persona_edge.find_packs import FoundPack, find_pack, open_pack
 from persona_edge.onnx_start import Backend, onnx_model_for
 from persona_edge.runtime.open_runtime import open_runtime
+from persona_edge.runtime.persona_session import PersonaSession
 from persona_edge.runtime.placement import WeightsMode
-from persona_edge.runtime.session import PersonaRuntime
 from persona_edge.runtime.values import KvPolicy
 
 __all__ = ["ChatModel", "open_chat_model"]
@@ -27,7 +27,7 @@ __all__ = ["ChatModel", "open_chat_model"]
 class ChatModel:
     """A model that is ready to talk. `pack` is None without personas; `notes` are lines that the user should see."""
 
-    runtime: PersonaRuntime
+    runtime: PersonaSession
     path: Path
     pack: FoundPack | None
     notes: tuple[str, ...]
@@ -77,7 +77,7 @@ def open_chat_model(
 
 
 def _attached(
-    runtime: PersonaRuntime, path: Path, found: FoundPack | None, why_none: str, *, must_fit: bool
+    runtime: PersonaSession, path: Path, found: FoundPack | None, why_none: str, *, must_fit: bool
 ) -> ChatModel:
     """`runtime` with the pack that was found."""
     placement = runtime.placement

@@ -10,7 +10,7 @@ from persona_edge.errors import InputError
 from persona_edge.runtime.values import Message, SamplingOptions
 
 if TYPE_CHECKING:
-    from persona_edge.runtime.session import PersonaRuntime
+    from persona_edge.runtime.persona_session import PersonaSession
 
 __all__ = ["ModelSpeaker"]
 
@@ -24,7 +24,7 @@ class ModelSpeaker:
     An answer that has to open with given words is continued from them, as if the model had begun with them itself.
     """
 
-    def __init__(self, runtime: PersonaRuntime, name: str, *, temperature: float = 0.7) -> None:
+    def __init__(self, runtime: PersonaSession, name: str, *, temperature: float = 0.7) -> None:
         """`name` stands for the model where runs are told apart. Raises InputError for a temperature that is none."""
         self.name = f"{name} at temperature {temperature}"
         self._runtime = runtime

@@ -23,7 +23,7 @@ from persona_edge.repl_commands import (
     stats_text,
     switch_text,
 )
-from persona_edge.runtime.session import PersonaRuntime
+from persona_edge.runtime.persona_session import PersonaSession
 from persona_edge.runtime.values import Completion, Message, SamplingOptions
 
 __all__ = ["Repl"]
@@ -34,7 +34,7 @@ Pieces = Generator[str, None, Completion]
 class Repl:
     """A conversation with a model whose personas switch. It changes `runtime`'s persona, and does not close it."""
 
-    def __init__(self, runtime: PersonaRuntime, output: ChatOutput, settings: ChatSettings) -> None:
+    def __init__(self, runtime: PersonaSession, output: ChatOutput, settings: ChatSettings) -> None:
         """Raises PersonaNotFoundError when `settings.compare` names what the pack does not hold."""
         self._runtime, self._output, self._settings = runtime, output, settings
         self._strength, self._system = settings.strength, settings.system

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from time import perf_counter
 
+from persona_edge.runtime.backend import Backend
 from persona_edge.runtime.fair_lock import FairLock
-from persona_edge.runtime.llama_backend import LlamaBackend
 from persona_edge.runtime.text_stream import TextStream
 from persona_edge.runtime.values import Completion, FinishReason, SamplingOptions
 
@@ -20,7 +20,7 @@ __all__ = ["generate_pieces"]
 
 
 def generate_pieces(
-    backend: LlamaBackend,
+    backend: Backend,
     lock: FairLock,
     prompt: Sequence[int],
     options: SamplingOptions,
@@ -37,11 +37,11 @@ def generate_pieces(
     first_token_at = started
     reason: FinishReason | None = None
     ticket: int | None = None
-    with backend.sampler(options, prompt) as sampler:
+    with backend.sampler(options, prompt) as next_token:
         while reason is None:
             with lock:
                 ticket = backend.evaluate(tokens, ticket)
-                token = backend.sample(sampler)
+                token = next_token()
                 ends = backend.vocabulary.is_end(token)
                 new_bytes = backend.vocabulary.piece(token)
             if len(tokens) == len(prompt):

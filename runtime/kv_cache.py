@@ -13,50 +13,22 @@ they exceed their share of memory. Which of them fits is decided when the next p
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Sequence
 
 from persona_edge.errors import InputError
+from persona_edge.runtime.backend import Cache, CacheState
 from persona_edge.runtime.values import KvPolicy
 
-__all__ = ["CacheState", "KvKeeper", "WeightsKey", "common_beginning"]
+__all__ = ["KvKeeper", "WeightsKey", "common_beginning"]
 
 WeightsKey = tuple[str | None, float]
 """Which weights computed a state: persona and strength; (None, 0.0) is the unmodified model."""
 
 
-@dataclass(frozen=True, eq=False)
-class CacheState:
-    """A copy of a cache: its `tokens`, where evaluated batches ended, and the backend's bytes."""
-
-    tokens: tuple[int, ...]
-    ends: tuple[int, ...]
-    data: NDArray[np.uint8]
-
-
-class _Cache(Protocol):
-    """What is asked of a backend."""
-
-    recall: Callable[[Sequence[int]], None] | None
-
-    @property
-    def cached_tokens(self) -> tuple[int, ...]: ...
-
-    def clear(self) -> None: ...
-
-    def save_state(self) -> CacheState | None: ...
-
-    def load_state(self, state: CacheState) -> None: ...
-
-
 class KvKeeper:
     """Carries out one policy on one backend's cache. The caller says when the weights changed, and locks."""
 
-    def __init__(self, cache: _Cache, policy: KvPolicy = "reprefill", megabytes: int = 256) -> None:
+    def __init__(self, cache: Cache, policy: KvPolicy = "reprefill", megabytes: int = 256) -> None:
         """`megabytes` is what all snapshots may take together. InputError for an unknown policy or a negative size."""
         if policy not in ("reprefill", "snapshot", "keep"):
             raise InputError(f"kv is {policy!r}; it must be 'reprefill', 'snapshot' or 'keep'")

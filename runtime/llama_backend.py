@@ -18,6 +18,7 @@ import math
 import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace, TracebackType
 from typing import Self
 
@@ -25,8 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from persona_edge.errors import GenerationError, InputError
-from persona_edge.runtime.kv_cache import CacheState, common_beginning
-from persona_edge.runtime.llama_vocabulary import Vocabulary
+from persona_edge.runtime.backend import CacheState
+from persona_edge.runtime.kv_cache import common_beginning
+from persona_edge.runtime.llama_vocabulary import LlamaVocabulary
 from persona_edge.runtime.llama_weights import LlamaModel
 from persona_edge.runtime.values import SamplingOptions
 
@@ -54,7 +56,7 @@ class LlamaBackend:
         self._context: int | None = self._make_context(n_ctx)
         self._finalizer = weakref.finalize(self, _free_context, self._api, self._context, model)
         self.n_ctx = int(self._api.llama_n_ctx(self._context))
-        self.vocabulary = Vocabulary(model)
+        self.vocabulary = LlamaVocabulary(model)
         self._batch = _Batch(self._api, _BATCH)
         self._tokens: list[int] = []  # what the cache holds
         self._ends: list[int] = []  # where evaluated batches ended, ascending
@@ -104,9 +106,11 @@ class LlamaBackend:
             self._decode(chunk, range(len(chunk) - 1, len(chunk)) if is_last else range(0))
         return self._ticket
 
-    def sampler(self, options: SamplingOptions, prompt: Sequence[int] = ()) -> Sampler:
-        """What chooses the tokens of one generation; a context manager."""
-        return Sampler(self, options, prompt)
+    @contextmanager
+    def sampler(self, options: SamplingOptions, prompt: Sequence[int] = ()) -> Iterator[Callable[[], int]]:
+        """What one generation chooses its tokens by: each call is a `sample`."""
+        with Sampler(self, options, prompt) as sampler:
+            yield lambda: self.sample(sampler)
 
     def sample(self, sampler: Sampler) -> int:
         """The next token after those evaluated last."""

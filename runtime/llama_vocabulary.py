@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from persona_edge.errors import InputError
 from persona_edge.runtime.llama_weights import LlamaModel
 
-__all__ = ["Vocabulary"]
+__all__ = ["LlamaVocabulary"]
 
 
-class Vocabulary:
+class LlamaVocabulary:
     """The tokenizer of a loaded model. Usable from several threads at once; not after the model is closed."""
 
     def __init__(self, model: LlamaModel) -> None:

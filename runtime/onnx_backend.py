@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,8 @@ from numpy.typing import NDArray
 
 from persona_edge.errors import GenerationError, InputError
 from persona_edge.onnx_model import OnnxModel
-from persona_edge.runtime.kv_cache import CacheState, common_beginning
+from persona_edge.runtime.backend import CacheState
+from persona_edge.runtime.kv_cache import common_beginning
 from persona_edge.runtime.llama_backend import default_n_threads
 from persona_edge.runtime.onnx_editors import Editor
 from persona_edge.runtime.onnx_geometry import Geometry
@@ -75,9 +77,11 @@ class OnnxBackend:
             self._last = self._run(tokens[start : start + self._batch])[-1]
         return self._ticket
 
-    def sampler(self, options: SamplingOptions, prompt: Sequence[int] = ()) -> OnnxSampler:
-        """What chooses the tokens of one generation."""
-        return OnnxSampler(options, prompt)
+    @contextmanager
+    def sampler(self, options: SamplingOptions, prompt: Sequence[int] = ()) -> Iterator[Callable[[], int]]:
+        """What one generation chooses its tokens by: each call is a `sample`."""
+        sampler = OnnxSampler(options, prompt)
+        yield lambda: self.sample(sampler)
 
     def sample(self, sampler: OnnxSampler) -> int:
         """The next token after those evaluated last."""

@@ -11,6 +11,7 @@ nothing of KV caches: the caller does not run the session during a switch and fo
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Final, Literal, Protocol
 
@@ -68,7 +69,7 @@ class Editor(Protocol):
         """Let go of session and memory."""
 
 
-class _PatchingEditor:
+class _PatchingEditor(ABC):
     """What editors that write memory share: plans of patches, and the way from one to the next."""
 
     def __init__(self, model: OnnxModel) -> None:
@@ -117,8 +118,9 @@ class _PatchingEditor:
         self._ways.clear()
         self._active, self._torn = None, ()
 
+    @abstractmethod
     def _make_patches(self, program: PersonaProgram) -> tuple[Patch, ...]:
-        raise NotImplementedError
+        """What to write into base weights for `program`. Raises UnsupportedModelError when it cannot be written so."""
 
 
 class MappedEditor(_PatchingEditor):

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,14 +27,6 @@ class OnnxSampler:
         self._options = options
         self._random = np.random.default_rng(options.seed or 0)
         self._said = deque(prompt[-_PENALTY_WINDOW:], maxlen=_PENALTY_WINDOW)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Nothing to free."""
 
     def choose(self, logits: NDArray[np.float32]) -> int:
         """A token for `logits` (n_vocab,), which stay as they are."""

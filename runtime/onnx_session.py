@@ -1,11 +1,11 @@
-"""A PersonaRuntime on ONNX Runtime: the same object, the same packs, an ONNX folder instead of a GGUF file.
+"""The session on ONNX Runtime: the same methods, the same packs, an ONNX folder instead of a GGUF file.
 
     with OnnxRuntime.open("smollm2.onnx-int4", "smollm2.mbti16.maskpack") as model:
         model.switch("INFP")
         print(model.chat([{"role": "user", "content": "What do you do on a free evening?"}]).text)
 
-What differs lies below: `onnx_mechanism` chooses how weights are edited, `onnx_backend` evaluates, and the tokenizer
-and chat template are the files beside the model.
+`persona_session` has what it does. What differs lies below: `onnx_mechanism` chooses how weights are edited,
+`onnx_backend` evaluates, and the tokenizer and chat template are the files beside the model.
 """
 
 from __future__ import annotations
@@ -13,30 +13,29 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Literal, Self
 
 from persona_edge.maskpack import MaskPack
 from persona_edge.onnx_model import OnnxModel, read_onnx_model
 from persona_edge.onnx_weights import check_onnx
 from persona_edge.runtime.attached import AttachedPack
-from persona_edge.runtime.chat_template import ChatTemplate
-from persona_edge.runtime.fair_lock import FairLock
-from persona_edge.runtime.kv_cache import KvKeeper
 from persona_edge.runtime.onnx_backend import OnnxBackend, onnx_n_threads
 from persona_edge.runtime.onnx_editors import Editor, Mechanism
 from persona_edge.runtime.onnx_geometry import Geometry
 from persona_edge.runtime.onnx_mechanism import ChosenEditor, open_editor
 from persona_edge.runtime.onnx_vocabulary import OnnxVocabulary, chat_template_of
+from persona_edge.runtime.persona_session import PersonaSession
 from persona_edge.runtime.placement import Placement
 from persona_edge.runtime.programs import PersonaProgram
-from persona_edge.runtime.session import PersonaRuntime
-from persona_edge.runtime.values import KvPolicy, SwitchReport
+from persona_edge.runtime.values import KvPolicy
 
 __all__ = ["OnnxRuntime"]
 
 
-class OnnxRuntime(PersonaRuntime):
+class OnnxRuntime(PersonaSession):
     """A loaded ONNX model, an optional mask pack, and one conversation's KV cache. Make one with `open`."""
+
+    _backend: OnnxBackend  # what the constructor is given
 
     def __init__(
         self,
@@ -49,23 +48,13 @@ class OnnxRuntime(PersonaRuntime):
         kv_megabytes: int = 256,
     ) -> None:
         """Takes over everything and closes it; `open` is the usual way."""
-        self._onnx, self._editor = model, chosen.editor
+        super().__init__(backend, chat_template_of(model.folder), seed=seed, kv=kv, kv_megabytes=kv_megabytes)
+        self._model, self._editor = model, chosen.editor
         self.mechanism: Mechanism = chosen.editor.mechanism
         self.mechanism_notes = chosen.notes
-        self._backend, self._seed = cast(Any, backend), seed
-        self._kv = KvKeeper(backend, kv, kv_megabytes)
-        self._lock = FairLock()
-        source = chat_template_of(model.folder)
-        self._template = ChatTemplate(source, backend.vocabulary.bos_text, backend.vocabulary.eos_text)
-        self._attached: AttachedPack | None = None
-        self._last_switch: SwitchReport | None = None
-        self._n_generations = 0
-        self._persona: str | None = None
-        self._strength = 0.0
-        self._is_open = True
 
     @classmethod
-    def open(  # type: ignore[override]
+    def open(
         cls,
         model: str | os.PathLike[str],
         pack: str | os.PathLike[str] | MaskPack | None = None,
@@ -97,20 +86,6 @@ class OnnxRuntime(PersonaRuntime):
             on_failure.pop_all()
         return runtime
 
-    def attach(self, pack: str | os.PathLike[str] | MaskPack) -> None:
-        """Make the personas of `pack` available, whichever file of this model it was made for.
-
-        Goes back to base, then checks architecture, shapes and signs. Raises PackError, ModelMismatchError or
-        UnsupportedModelError; the earlier pack then stays.
-        """
-        opened = pack if isinstance(pack, MaskPack) else MaskPack.open(Path(pack))
-        with self._lock:
-            self._check_open()
-            if self._persona is not None:
-                self._edit(None, None, 0.0)
-            self._attached = _OnnxAttached(opened, self._onnx, self._editor)
-            self._kv.forget_personas()
-
     @property
     def placement(self) -> Placement:
         """Where the weights lie and how they are changed; `is_fallback` when the fastest way does not work here."""
@@ -129,23 +104,18 @@ class OnnxRuntime(PersonaRuntime):
         """Sessions are made for the CPU."""
         return False
 
-    def weights_digest(self) -> str:
-        """SHA-256 over the weights in use that a persona may change: equal digests mean equal weights."""
-        with self._lock:
-            self._check_open()
-            return self._editor.digest()
+    def _attached_to(self, pack: MaskPack) -> AttachedPack:
+        return _OnnxAttached(pack, self._model, self._editor)
 
-    def close(self) -> None:
-        """Free the model. A generation that is under way raises GenerationError at its next token."""
-        with self._lock:
-            self._is_open = False
-            self._attached = None
-            self._backend.close()
-            self._editor.close()
+    def _digest(self) -> str:
+        return self._editor.digest()
+
+    def _release(self) -> None:
+        self._editor.close()
 
 
 class _OnnxAttached(AttachedPack):
-    """A pack that was found to belong to the ONNX model, and the editor of its weights."""
+    """A pack on the weights that `editor` changes."""
 
     def __init__(self, pack: MaskPack, model: OnnxModel, editor: Editor) -> None:
         check_onnx(pack.identity, model)

@@ -1,4 +1,7 @@
-"""One door to both backends: a GGUF file opens on llama.cpp, an ONNX folder or graph on ONNX Runtime."""
+"""One door to both backends: a GGUF file opens on llama.cpp, an ONNX folder or graph on ONNX Runtime.
+
+What opens is a `PersonaSession`, whichever it is.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from pathlib import Path
 from persona_edge.errors import InputError
 from persona_edge.maskpack import MaskPack
 from persona_edge.onnx_model import find_onnx
+from persona_edge.runtime.persona_session import PersonaSession
 from persona_edge.runtime.placement import WeightsMode
 from persona_edge.runtime.session import PersonaRuntime
 from persona_edge.runtime.values import KvPolicy
@@ -25,7 +29,7 @@ def open_runtime(
     weights: WeightsMode = "auto",
     n_gpu_layers: int = 0,
     kv: KvPolicy = "reprefill",
-) -> PersonaRuntime:
+) -> PersonaSession:
     """Load `model`, whichever of the two it is, and attach `pack` if given; see `PersonaRuntime.open`.
 
     `weights` and `n_gpu_layers` are for GGUF files: InputError with an ONNX model. Raises what `PersonaRuntime.open`

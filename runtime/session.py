@@ -1,73 +1,51 @@
-"""A model you can talk to, whose personas switch in place: the object users of the runtime hold.
+"""A GGUF model you can talk to, whose personas switch in place: the session on llama.cpp.
 
     with PersonaRuntime.open("SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct.Q4_1.mbti16.maskpack") as model:
         model.switch("INFP")
         print(model.chat([{"role": "user", "content": "What do you do on a free evening?"}]).text)
         model.base()
 
-A switch edits the weights in this process's memory: everything generated from this object follows, in all threads. Keys
-and values computed with the old weights would contaminate the new persona, so a switch that changes weights empties
-the KV cache, and the next generation evaluates its prompt again (`kv_cache` has the alternatives).
+`persona_session` has what it does; here is what a GGUF needs: loading it, and a pack on its tensors.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
-from functools import cached_property
-from pathlib import Path
-from time import perf_counter
-from types import TracebackType
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from persona_edge.errors import GenerationError, InputError
 from persona_edge.maskpack import MaskPack
-from persona_edge.runtime.attached import AttachedPack, LlamaAttachedPack
-from persona_edge.runtime.chat_template import ChatTemplate
-from persona_edge.runtime.fair_lock import FairLock
-from persona_edge.runtime.generation import generate_pieces
-from persona_edge.runtime.kv_cache import KvKeeper
+from persona_edge.masks import TensorShape
+from persona_edge.runtime.attached import AttachedPack
+from persona_edge.runtime.dequantize import dequantize
 from persona_edge.runtime.llama_backend import LlamaBackend
+from persona_edge.runtime.llama_device import DeviceMirror
 from persona_edge.runtime.llama_weights import LlamaModel, find_tensors, weights_digest
+from persona_edge.runtime.persona_session import PersonaSession
 from persona_edge.runtime.placement import Placement, WeightsMode
-from persona_edge.runtime.probabilities import log_p_of_targets, log_softmax
-from persona_edge.runtime.switcher import PersonaProgram
+from persona_edge.runtime.programs import PersonaProgram
+from persona_edge.runtime.switcher import Switcher, WeightTensor
 from persona_edge.runtime.values import Completion, FinishReason, KvPolicy, Message, SamplingOptions, SwitchReport
+from persona_edge.sketch import check_identity
 
 __all__ = ["Completion", "FinishReason", "KvPolicy", "Message", "PersonaRuntime", "SamplingOptions", "SwitchReport"]
 
-_DEFAULT_OPTIONS = SamplingOptions()
 
+class PersonaRuntime(PersonaSession):
+    """A loaded GGUF model, an optional mask pack, and one conversation's KV cache. Make one with `open`."""
 
-class PersonaRuntime:
-    """A loaded model, an optional mask pack, and one conversation's KV cache. Make one with `open`.
-
-    Methods may be called from several threads: each waits for at most one token (or one `logits` call) of another.
-    After `close` every method raises GenerationError.
-    """
+    _backend: LlamaBackend  # what the constructor is given
 
     def __init__(
         self, model: LlamaModel, backend: LlamaBackend, seed: int, kv: KvPolicy = "reprefill", kv_megabytes: int = 256
     ) -> None:
         """Takes over `model` and `backend` and closes them; `open` is the usual way."""
-        self._model, self._backend, self._seed = model, backend, seed
-        self._kv = KvKeeper(backend, kv, kv_megabytes)
-        self._lock = FairLock()
-        self._tensors = find_tensors(model)
-        vocabulary = backend.vocabulary
-        source = model.metadata("tokenizer.chat_template")
-        self._template = ChatTemplate(source, vocabulary.bos_text, vocabulary.eos_text)
-        self._attached: AttachedPack | None = None
-        self._last_switch: SwitchReport | None = None
-        self._n_generations = 0
-        self._persona: str | None = None
-        self._strength = 0.0
-        self._is_open = True
+        template = model.metadata("tokenizer.chat_template")
+        super().__init__(backend, template, seed=seed, kv=kv, kv_megabytes=kv_megabytes)
+        self._model, self._tensors = model, find_tensors(model)
 
     @classmethod
     def open(
@@ -105,35 +83,6 @@ class PersonaRuntime:
             on_failure.pop_all()
         return runtime
 
-    def attach(self, pack: str | os.PathLike[str] | MaskPack) -> None:
-        """Make the personas of `pack` available, in place of those of an earlier pack.
-
-        Goes back to base, then checks that the pack belongs to these weights: architecture, shapes, and the signs of
-        sampled weights. Raises PackError, ModelMismatchError or UnsupportedModelError; the earlier pack then stays.
-        """
-        opened = pack if isinstance(pack, MaskPack) else MaskPack.open(Path(pack))
-        with self._lock:
-            self._check_open()
-            if self._persona is not None:
-                self._edit(None, None, 0.0)
-            self._attached = LlamaAttachedPack(opened, self._model.architecture, self._tensors)
-            self._kv.forget_personas()
-
-    @property
-    def personas(self) -> tuple[str, ...]:
-        """The personas of the attached pack; none without one."""
-        return () if self._attached is None else tuple(self._attached.pack.personas)
-
-    @property
-    def persona(self) -> str | None:
-        """The active persona; None for the unmodified model."""
-        return self._persona
-
-    @property
-    def strength(self) -> float:
-        """The active persona's strength, 0 to 1; 0 for the unmodified model."""
-        return self._strength
-
     @property
     def placement(self) -> Placement:
         """Where the weights lie, and why there."""
@@ -144,196 +93,38 @@ class PersonaRuntime:
         """Whether the llama.cpp in use finds a GPU, so that `n_gpu_layers` has an effect."""
         return self._model.library.has_gpu
 
-    @property
-    def n_ctx(self) -> int:
-        """How many tokens prompt and answer may have together."""
-        return self._backend.n_ctx
+    def _attached_to(self, pack: MaskPack) -> AttachedPack:
+        return _LlamaAttached(pack, self._model.architecture, self._tensors)
 
-    @property
-    def n_vocab(self) -> int:
-        """How many tokens there are."""
-        return self._backend.vocabulary.n_tokens
+    def _digest(self) -> str:
+        return weights_digest(self._tensors.values())
 
-    @property
-    def last_switch(self) -> SwitchReport | None:
-        """The latest switch; its `seconds_to_first_token` is filled in by the generation that follows."""
-        return self._last_switch
-
-    def switch(self, persona: str, strength: float = 1.0) -> SwitchReport:
-        """Edit the weights to be `persona` at `strength` (0 to 1), whatever they are now. Undone by `base`.
-
-        Names are case-insensitive. A generation in another thread is interrupted between two tokens and goes on in the
-        new persona. Raises PersonaNotFoundError, InputError, PackError or UnsupportedModelError (a quantization that
-        cannot be edited), with nothing written; a failure while writing leaves the unmodified model.
-        """
-        strength = _checked_strength(strength)
-        with self._lock:
-            self._check_open()
-            if self._attached is None:
-                raise InputError("no mask pack is attached, so there is no persona to switch to; attach one first")
-            name = self._attached.name_of(persona)
-            program = self._attached.program(name, strength)
-            return self._edit(program, name, strength)
-
-    def base(self) -> SwitchReport:
-        """Restore every byte of the unmodified model. The inverse of `switch`."""
-        with self._lock:
-            self._check_open()
-            return self._edit(None, None, 0.0)
-
-    def generate(self, prompt: str, options: SamplingOptions = _DEFAULT_OPTIONS) -> Completion:
-        """Continue `prompt` as plain text. Raises InputError when it is empty or longer than the context."""
-        return _run_to_end(self._start(self.tokenize(prompt), options))
-
-    def stream(self, prompt: str, options: SamplingOptions = _DEFAULT_OPTIONS) -> Generator[str, None, Completion]:
-        """Like `generate`, piece by piece as tokens come. It may be closed, or left, at any point."""
-        return self._start(self.tokenize(prompt), options)
-
-    def chat(self, messages: Sequence[Message], options: SamplingOptions = _DEFAULT_OPTIONS) -> Completion:
-        """Answer a conversation, by the model's own chat template. InputError for messages that it does not accept."""
-        return _run_to_end(self._start(*self._rendered(messages, options)))
-
-    def stream_chat(
-        self, messages: Sequence[Message], options: SamplingOptions = _DEFAULT_OPTIONS
-    ) -> Generator[str, None, Completion]:
-        """Like `chat`, piece by piece as tokens come."""
-        return self._start(*self._rendered(messages, options))
-
-    def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Logits at each position of `tokens`, (n_tokens, n_vocab) float32. The KV cache is empty before and after."""
-        with self._lock:
-            self._check_open()
-            return self._backend.logits(tokens)
-
-    def log_probabilities(self, tokens: Sequence[int], n_scored: int) -> NDArray[np.float64]:
-        """Natural log-probability of each of the last `n_scored` of `tokens`, given those before it, (n_scored,).
-
-        Other endings of the same beginning are cheap when they are asked for next: the beginning stays in the KV cache.
-        Raises InputError unless 1 <= n_scored < len(tokens).
-        """
-        targets = np.array(tokens[len(tokens) - n_scored :], dtype=np.int64)
-        with self._lock:
-            self._check_open()
-            return log_p_of_targets(self._backend.scored_logits(tokens, n_scored), targets)
-
-    def log_distributions(self, tokens: Sequence[int], n_scored: int) -> NDArray[np.float32]:
-        """Log-probabilities of the whole vocabulary for each of the last `n_scored` tokens, (n_scored, n_vocab)."""
-        with self._lock:
-            self._check_open()
-            return np.concatenate([log_softmax(part) for part in self._backend.scored_logits(tokens, n_scored)])
-
-    def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
-        """Token ids; `add_special` adds BOS where the model wants it, `parse_special` reads control tokens' names."""
-        with self._lock:
-            self._check_open()
-            return self._backend.vocabulary.tokenize(text, add_special=add_special, parse_special=parse_special)
-
-    def tokenize_chat(self, messages: Sequence[Message]) -> list[int]:
-        """The prompt that `chat` answers, as token ids. InputError for messages that the template does not accept."""
-        return self._rendered(messages, _DEFAULT_OPTIONS)[0]
-
-    def detokenize(self, tokens: Sequence[int]) -> str:
-        """The text of `tokens`, control tokens by their names."""
-        with self._lock:
-            self._check_open()
-            return self._backend.vocabulary.detokenize(tokens)
-
-    def weights_digest(self) -> str:
-        """SHA-256 over the memory of every tensor of the model: equal digests mean equal weights."""
-        with self._lock:
-            self._check_open()
-            return weights_digest(self._tensors.values())
-
-    def close(self) -> None:
-        """Free the model. A generation that is under way raises GenerationError at its next token."""
-        with self._lock:
-            self._is_open = False
-            self._attached, self._tensors = None, {}
-            self._backend.close()
-            self._model.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _edit(self, program: PersonaProgram | None, persona: str | None, strength: float) -> SwitchReport:
-        """Apply `program`, or restore base for None; the KV cache and the state follow. The caller holds the lock."""
-        started = perf_counter()
-        n_units = n_bytes = 0
-        edited_at = started
-        if self._attached is not None:
-            self._attached.check(program)
-            try:
-                n_units, n_bytes = self._attached.write(program)
-                edited_at = perf_counter()
-                if n_units:
-                    self._kv.weights_changed((persona, strength) if strength else (None, 0.0))
-            except BaseException:
-                self._attached.write(None)
-                self._persona, self._strength = None, 0.0
-                self._kv.forget()
-                raise
-        self._persona, self._strength = persona, strength
-        seconds, kv_seconds = edited_at - started, perf_counter() - edited_at
-        report = SwitchReport(persona, strength, n_units, n_bytes, seconds, kv=self._kv.policy, kv_seconds=kv_seconds)
-        self._last_switch = report
-        return report
-
-    @cached_property
-    def _kv(self) -> KvKeeper:
-        """What the KV cache does at a switch, unless the constructor said so: it is emptied."""
-        return KvKeeper(self._backend)
-
-    def _rendered(self, messages: Sequence[Message], options: SamplingOptions) -> tuple[list[int], SamplingOptions]:
-        prompt = self._template.render(messages)
-        bos = self._backend.vocabulary.bos_text
-        has_bos = bool(bos) and prompt.text.startswith(bos)
-        tokens = self.tokenize(prompt.text, add_special=not has_bos)
-        return tokens, replace(options, stop=options.stop + prompt.stop)
-
-    def _start(self, tokens: list[int], options: SamplingOptions) -> Generator[str, None, Completion]:
-        """Check the prompt now, generate when the result is iterated over."""
-        if not tokens:
-            raise InputError("the prompt is empty; give at least one word")
-        if len(tokens) > self.n_ctx:
-            raise InputError(
-                f"the prompt has {len(tokens)} tokens, but the context holds {self.n_ctx}; "
-                "shorten it, or open the model with a larger n_ctx"
-            )
-        if options.seed is None:
-            options = replace(options, seed=(self._seed + self._n_generations) % 2**32)
-        self._n_generations += 1
-        return generate_pieces(self._backend, self._lock, tokens, options, self._complete_last_switch)
-
-    def _complete_last_switch(self, seconds_to_first_token: float) -> None:
-        switch = self._last_switch
-        if switch is not None and switch.seconds_to_first_token is None:
-            waited = switch.seconds + switch.kv_seconds + seconds_to_first_token
-            self._last_switch = replace(switch, seconds_to_first_token=waited)
-
-    def _check_open(self) -> None:
-        if not self._is_open:
-            raise GenerationError("this session is closed; open the model again")
+    def _release(self) -> None:
+        self._tensors = {}
+        self._model.close()
 
 
-def _run_to_end(pieces: Generator[str, None, Completion]) -> Completion:
-    while True:
-        try:
-            next(pieces)
-        except StopIteration as end:
-            completion: Completion = end.value
-            return completion
+class _LlamaAttached(AttachedPack):
+    """A pack on the tensors of a GGUF model in llama.cpp's memory."""
+
+    def __init__(self, pack: MaskPack, architecture: str, tensors: dict[str, WeightTensor]) -> None:
+        """Raises ModelMismatchError unless the pack was made from these weights, UnsupportedModelError."""
+        shapes = (TensorShape(tensor.name, tensor.n_rows, tensor.n_columns) for tensor in tensors.values())
+        check_identity(pack.identity, architecture, shapes, lambda name, at: _weights_at(tensors[name], at))
+        super().__init__(pack)
+        gated = {shape.name: tensors[shape.name] for shape in pack.identity.tensors}
+        self._switcher, self._devices = Switcher(gated), DeviceMirror(gated)
+
+    def check(self, program: PersonaProgram | None) -> None:
+        if program is not None:
+            self._switcher.check(program)
+
+    def write(self, program: PersonaProgram | None) -> tuple[int, int]:
+        self._devices.will_change(self._switcher.active, program)
+        stats = self._switcher.restore() if program is None else self._switcher.apply(program)
+        self._devices.send()
+        return stats.n_units_written, stats.n_bytes
 
 
-def _checked_strength(strength: float) -> float:
-    try:
-        value = float(strength)
-    except (TypeError, ValueError):
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise InputError(f"strength is {strength!r}; it must be a number between 0 (base) and 1 (the whole persona)")
-    return value
+def _weights_at(tensor: WeightTensor, positions: NDArray[np.uint32]) -> NDArray[np.float32]:
+    return dequantize(tensor.data, tensor.ggml_type, positions)

@@ -80,7 +80,7 @@ class SwitchReport:
 
     `kv` says what became of the KV cache, `kv_seconds` how long that took (putting a snapshot aside).
     `seconds_to_first_token` is what the user waits in all: these two plus what is evaluated, or recalled, of the prompt
-    up to the first token. It is None until the next generation has got there; `PersonaRuntime.last_switch` then has it.
+    up to the first token. It is None until the next generation has got there; `PersonaSession.last_switch` then has it.
     """
 
     persona: str | None

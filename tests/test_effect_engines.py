@@ -17,7 +17,7 @@ from persona_edge.encoding import EncodedText
 from persona_edge.errors import GenerationError, InputError, ModelMismatchError
 from persona_edge.modeling import TorchModel, load_torch_model
 from persona_edge.runtime import llama_backend
-from persona_edge.runtime.session import PersonaRuntime
+from persona_edge.runtime.persona_session import PersonaSession
 from tests import tiny_chat
 from tests.tiny_models import (
     load,
@@ -145,7 +145,7 @@ def test_a_model_that_computes_no_numbers_is_an_error(engine: TorchEngine) -> No
 # The runtime
 
 
-def whole(runtime: PersonaRuntime, text: EncodedText) -> np.ndarray:
+def whole(runtime: PersonaSession, text: EncodedText) -> np.ndarray:
     """The same as `one_by_one`, from logits at every position."""
     end = len(text.tokens) - 1
     logits = torch.from_numpy(runtime.logits(text.tokens)).double()
@@ -192,6 +192,7 @@ def test_the_order_of_questions_changes_no_bit(runtime_engine: RuntimeEngine) ->
 @pytest.mark.usefixtures("small_batches")
 def test_a_shared_prompt_is_evaluated_once(runtime_engine: RuntimeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = runtime_engine.runtime._backend
+    assert isinstance(backend, llama_backend.LlamaBackend)
     sizes: list[int] = []
     decode = backend._decode
 

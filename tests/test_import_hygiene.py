@@ -17,9 +17,9 @@ def run(code: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize("module", ["runtime", "runtime.session", "runtime.switcher", "runtime.llama_backend"])
+@pytest.mark.parametrize("module", ["session", "switcher", "llama_backend", "onnx_session", "open_runtime"])
 def test_the_runtime_imports_nothing_heavy(module: str) -> None:
-    loaded = run(f"import sys, persona_edge.{module}; print(*(m for m in {HEAVY!r} if m in sys.modules))")
+    loaded = run(f"import sys, persona_edge.runtime.{module}; print(*(m for m in {HEAVY!r} if m in sys.modules))")
     assert loaded == ""
 
 
@@ -60,7 +60,8 @@ def test_all_names_exist() -> None:
     modules = [
         *("chat_template", "fair_lock", "generation", "llama_backend", "llama_library", "llama_vocabulary"),
         *("llama_api", "llama_files", "llama_find", "llama_lookup", "llama_mapping", "llama_structs", "llama_weights"),
-        *("kv_cache", "older_glibc", "placement", "session", "text_stream", "values"),
+        *("attached", "backend", "kv_cache", "older_glibc", "onnx_session", "open_runtime", "persona_session"),
+        *("placement", "session", "text_stream", "values"),
     ]
     code = f"""
 import importlib

@@ -19,7 +19,8 @@ from persona_edge.maskpack import MaskPack, encode_pack
 from persona_edge.masks import PersonaSet
 from persona_edge.onnx_model import find_onnx
 from persona_edge.runtime.open_runtime import open_runtime
-from persona_edge.runtime.session import Message, PersonaRuntime, SamplingOptions
+from persona_edge.runtime.persona_session import PersonaSession
+from persona_edge.runtime.values import Message, SamplingOptions
 
 __all__ = ["RuntimeEngine"]
 
@@ -29,7 +30,7 @@ Floats = NDArray[np.float64]
 class RuntimeEngine:
     """`runtime` in whatever persona it is in now; a mask arm opens `wearing`."""
 
-    def __init__(self, runtime: PersonaRuntime, name: EngineName = "runtime") -> None:
+    def __init__(self, runtime: PersonaSession, name: EngineName = "runtime") -> None:
         self.runtime = runtime
         self.name: EngineName = name
 
