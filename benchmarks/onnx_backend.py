@@ -178,9 +178,7 @@ def _ratio(speeds: Sequence[float], stock: Sequence[float]) -> Spread:
 
 def _backend_of(runtime: OnnxRuntime) -> OnnxBackend:
     """What evaluates tokens without sampling any: no business of a user's."""
-    backend = runtime._backend
-    assert isinstance(backend, OnnxBackend)
-    return backend
+    return runtime._backend
 
 
 @contextmanager

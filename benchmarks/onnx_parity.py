@@ -12,15 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.parity import Agreement, compare
+from benchmarks.parity import Agreement, compare, neutral_tokens
 from persona_edge.masked_model import masked
 from persona_edge.maskpack import MaskPack
 from persona_edge.modeling import TorchModel, load_torch_model
 from persona_edge.onnx_model import OnnxModel, output_matrix, read_onnx_model
 from persona_edge.onnx_weights import dequantize_matrix, dequantize_weight
-from persona_edge.persona_sets import neutral_texts
 from persona_edge.runtime.onnx_session import OnnxRuntime
-from persona_edge.runtime.session import PersonaRuntime
 
 __all__ = ["OnnxParity", "measure_parity", "take_weights"]
 
@@ -48,7 +46,7 @@ def measure_parity(
     take_weights(model, read_onnx_model(graph))
     loaded = pack.load()
     with OnnxRuntime.open(graph, pack, n_ctx=n_positions + 1, n_threads=n_threads) as runtime:
-        texts = _texts(runtime, n_positions)
+        texts = neutral_tokens(runtime, n_positions)
         base = [runtime.logits(tokens) for tokens in texts]
         found = [OnnxParity(None, compare(model, runtime, texts, {}).runtime, None)]
         for name in personas:
@@ -74,18 +72,6 @@ def take_weights(model: TorchModel, onnx_model: OnnxModel) -> None:
         order = np.arange(layer.shape.n_rows) if layer.row_order is None else layer.row_order
         weights = torch.from_numpy(dequantize_weight(onnx_model.weights[layer.name]))
         layer.module.weight.data[torch.from_numpy(order)] = weights
-
-
-def _texts(runtime: PersonaRuntime, n_positions: int) -> list[list[int]]:
-    """Neutral passages, tokenized, `n_positions` tokens in all."""
-    texts: list[list[int]] = []
-    missing = n_positions
-    for text in neutral_texts():
-        if missing < 2:
-            break
-        texts.append(runtime.tokenize(text)[:missing])
-        missing -= len(texts[-1])
-    return texts
 
 
 def _divergence(base: Sequence[np.ndarray], changed: Sequence[np.ndarray]) -> float:

@@ -30,13 +30,23 @@ from persona_edge.masks import PersonaSet, Plane, Pole
 from persona_edge.modeling import TorchModel
 from persona_edge.persona_sets import neutral_texts
 from persona_edge.runtime.layouts import type_name
+from persona_edge.runtime.persona_session import PersonaSession
 from persona_edge.runtime.session import PersonaRuntime
 from persona_edge.runtime.switcher import WeightTensor
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Agreement", "Comparison", "MaskParity", "ModelParity", "compare", "measure_parity", "random_personas"]
+__all__ = [
+    "Agreement",
+    "Comparison",
+    "MaskParity",
+    "ModelParity",
+    "compare",
+    "measure_parity",
+    "neutral_tokens",
+    "random_personas",
+]
 
 MAX_KL_RATIO = 1.2
 MAX_TOP1_LOSS = 0.01
@@ -150,7 +160,7 @@ def measure_parity(
     """
     pack = MaskPack.from_bytes(encode_pack(random_personas(model))[0]) if pack is None else pack
     with PersonaRuntime.open(gguf, pack, n_threads=n_threads) as runtime:
-        engines = _Engines(model, runtime, _texts(runtime, n_positions))
+        engines = _Engines(model, runtime, neutral_tokens(runtime, n_positions))
         base = engines.compare()
         chosen = pack.personas if personas is None else personas
         masks = tuple(row for name in chosen for row in _measure_persona(engines, pack, name, base))
@@ -175,7 +185,7 @@ def random_personas(model: TorchModel, *, density: float = RANDOM_DENSITY, seed:
 
 
 def compare(
-    model: TorchModel, runtime: PersonaRuntime, texts: Sequence[Sequence[int]], blocks: Mapping[str, int]
+    model: TorchModel, runtime: PersonaSession, texts: Sequence[Sequence[int]], blocks: Mapping[str, int]
 ) -> Comparison:
     """The next-token distributions of both engines as they stand, at every position of `texts`.
 
@@ -189,6 +199,18 @@ def compare(
             with rounded_activations(model, blocks):
                 with_rounding.add(reference, _torch_logits(model, tokens))
     return Comparison(with_runtime.agreement(), with_rounding.agreement() if blocks else None)
+
+
+def neutral_tokens(runtime: PersonaSession, n_positions: int) -> list[list[int]]:
+    """Neutral passages, tokenized, `n_positions` tokens in all."""
+    texts: list[list[int]] = []
+    missing = n_positions
+    for text in neutral_texts():
+        if missing < 2:
+            break
+        texts.append(runtime.tokenize(text)[:missing])
+        missing -= len(texts[-1])
+    return texts
 
 
 @dataclass(frozen=True)
@@ -241,18 +263,6 @@ def _measure_persona(engines: _Engines, pack: MaskPack, name: str, base: Compari
             error = largest_error(engines.model, engines.tensors, planes)
             yield MaskParity(name, n_units, "rounded", error, engines.compare(), base)
     engines.runtime.base()
-
-
-def _texts(runtime: PersonaRuntime, n_positions: int) -> list[list[int]]:
-    """Neutral passages, tokenized, `n_positions` tokens in all."""
-    texts: list[list[int]] = []
-    missing = n_positions
-    for text in neutral_texts():
-        if missing < 2:
-            break
-        texts.append(runtime.tokenize(text)[:missing])
-        missing -= len(texts[-1])
-    return texts
 
 
 def _torch_logits(model: TorchModel, tokens: Sequence[int]) -> torch.Tensor:
