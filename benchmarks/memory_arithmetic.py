@@ -63,14 +63,15 @@ class Job:
     def block_activations(self) -> int:
         """Bytes that one block keeps for the backward pass.
 
-        Streamed: its input. Else two norms' float32 input; their outputs; queries, keys, values and what attention
-        makes of them; gate, its sigmoid linear unit, up, and the product.
+        Streamed: its input. Else two norms' float32 input and scale, and their outputs; queries, keys, values, what
+        attention makes of them and its denominators; gate, its sigmoid linear unit, up, and the product.
         """
         shape, key = self.shape, self._key
         if self.is_streaming:
             return HALF * self.n_tokens * shape.hidden
-        per_token = 2 * SINGLE * shape.hidden + HALF * (4 * shape.hidden + 2 * key + 4 * shape.feed_forward)
-        return self.n_tokens * per_token
+        in_single = 2 * (shape.hidden + 1) + shape.n_heads
+        in_half = 4 * shape.hidden + 2 * key + 4 * shape.feed_forward
+        return self.n_tokens * (SINGLE * in_single + HALF * in_half)
 
     @property
     def largest(self) -> int:
