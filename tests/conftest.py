@@ -7,12 +7,19 @@ that needs what this machine cannot get is skipped with the reason.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from persona_edge.catalogue import resolve_model
 from persona_edge.errors import PersonaEdgeError
+
+if TYPE_CHECKING:
+    from persona_edge.masks import PersonaSet
+    from persona_edge.runtime.session import PersonaRuntime
+    from tests.workplace import Exported, Workplace
 
 
 def _model(name: str) -> Path:
@@ -50,3 +57,102 @@ def data_folder() -> Path:
     if not folder.is_dir():
         pytest.skip(f"PERSONA_EDGE_DATA={named} is not a folder")
     return folder
+
+
+# A session on the real 135M model, opened once for all tests of it (test_session_*.py)
+
+
+@pytest.fixture(scope="session")
+def smollm2_personas(smollm2_path: Path) -> PersonaSet:
+    """Aye, Bee and Both, random masks."""
+    from tests.real_chat import random_personas
+
+    return random_personas(smollm2_path)
+
+
+@pytest.fixture(scope="session")
+def smollm2_pack(smollm2_personas: PersonaSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as a file."""
+    from persona_edge.maskpack import write_pack
+
+    path = tmp_path_factory.mktemp("packs") / "test.maskpack"
+    write_pack(path, smollm2_personas)
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2_session(smollm2_path: Path, smollm2_pack: Path) -> Iterator[PersonaRuntime]:
+    """The session as the last test left it: ask for `runtime`."""
+    from persona_edge.runtime.session import PersonaRuntime
+
+    with PersonaRuntime.open(smollm2_path, smollm2_pack, n_ctx=256, n_threads=1) as runtime:
+        yield runtime
+
+
+@pytest.fixture
+def runtime(smollm2_session: PersonaRuntime) -> PersonaRuntime:
+    """The session at base, with an empty cache."""
+    smollm2_session.base()
+    smollm2_session._backend.clear()
+    return smollm2_session
+
+
+@pytest.fixture(scope="session")
+def cold_text(smollm2_path: Path) -> str:
+    """What a fresh model makes of STORY."""
+    from persona_edge.runtime.session import PersonaRuntime
+    from tests.real_chat import GREEDY, STORY
+
+    with PersonaRuntime.open(smollm2_path, n_ctx=256, n_threads=1) as fresh:
+        return fresh.generate(STORY, GREEDY).text
+
+
+# A chat model of noise that takes a millisecond (tiny_chat.py)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny.gguf and its pack tiny.mbti.maskpack, to be read only."""
+    from tests.tiny_chat import write_model_and_pack
+
+    return write_model_and_pack(tmp_path_factory.mktemp("models")).parent
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_folder: Path) -> str:
+    """The path of its model."""
+    return str(tiny_folder / "tiny.gguf")
+
+
+# A folder with the real 135M model and a pack that the real program made there (test_end_to_end*.py)
+
+
+@pytest.fixture(scope="session")
+def place(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """The folder as it is at first; any test may have exported the pack since."""
+    from tests.workplace import CONTRASTS, Workplace
+
+    folder, cache = tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("cache")
+    model, contrasts, pack = (folder / n for n in ("smollm2.gguf", "tidiness.jsonl", "smollm2.tidiness.maskpack"))
+    place = Workplace(folder, model, contrasts, pack, cache)
+    place.model.symlink_to(smollm2_path)
+    place.contrasts.write_text(CONTRASTS, encoding="utf-8")
+    return place
+
+
+@pytest.fixture(scope="session")
+def exported(place: Workplace) -> Exported:
+    """The folder after an export that was interrupted and then resumed."""
+    from tests.workplace import LESS_DATA, Exported, interrupt_after_checkpoint
+
+    interrupted = interrupt_after_checkpoint(place)
+    left = tuple(sorted(path.name for path in place.folder.iterdir()))
+    resumed = place.run(*place.export_arguments(), prelude=LESS_DATA)
+    return Exported(place, interrupted, left, resumed)
+
+
+@pytest.fixture(scope="session")
+def packed(exported: Exported) -> Workplace:
+    """The folder with its pack."""
+    assert exported.resumed.returncode == 0, exported.resumed.stderr
+    return exported.place

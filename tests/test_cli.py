@@ -13,8 +13,7 @@ from click.testing import CliRunner
 
 from persona_edge import __version__, cli
 from persona_edge.errors import InputError, ModelError
-
-RUN_CLI = [sys.executable, "-c", "from persona_edge.cli import main; main()"]
+from tests.program import RUN_CLI
 
 
 def run_with(monkeypatch: pytest.MonkeyPatch, command: click.Command, *arguments: str) -> tuple[int, str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
@@ -20,6 +19,7 @@ from persona_edge.effect.task_registry import TASK_NAMES, TaskContext, make_task
 from persona_edge.maskpack import write_pack
 from persona_edge.persona_sets import load_persona_set, neutral_prompts, neutral_texts
 from tests import tiny_models
+from tests.program import RUN_WITHOUT_TORCH
 from tests.tiny_chat import personas_for
 from tests.tiny_eval_data import write_folder
 from tests.tiny_models import (
@@ -138,9 +138,7 @@ def test_a_pack_on_the_runtime_needs_no_torch(folder: Path, tmp_path: Path) -> N
         *("--pack", tmp_path / "tiny.maskpack", "--arms", "contrastive-fisher", "--tasks", "contrasts"),
         *("--output", tmp_path / "effect"),
     ]
-    without_torch = "import sys; sys.modules['torch'] = sys.modules['transformers'] = None"
-    code = f"{without_torch}\nfrom persona_edge.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, check=False)
+    done = subprocess.run([*RUN_WITHOUT_TORCH, *map(str, words)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     record = read(tmp_path / "effect")
     assert failures(record) == []

@@ -5,37 +5,28 @@ from __future__ import annotations
 import json
 import sys
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from persona_edge.calibration import CalibrationSettings, Calibrator
 from persona_edge.contrasts import CalibrationSet, Contrast, parse_contrasts
-from persona_edge.effect import lora_training
 from persona_edge.effect.arm_registry import ARM_NAMES, RUNTIME_ARMS, ArmContext, make_arms
-from persona_edge.effect.control_vector import controlled, find_control_vector
 from persona_edge.effect.interfaces import Arm, user_message
-from persona_edge.effect.lora_adapter import adapted
-from persona_edge.effect.lora_training import DPO, SFT, LoraSettings, TrainedAdapter, train_adapter
 from persona_edge.effect.mask_arms import mask_arm_from_pack
 from persona_edge.effect.prompt_arms import Retriever, describe_pole, retrieval_arm, system_prompt_arm
 from persona_edge.effect.runtime_engine import RuntimeEngine
 from persona_edge.effect.torch_engine import TorchEngine
-from persona_edge.encoding import EncodedText, encode_contrast
 from persona_edge.errors import CalibrationError, InputError, MissingDependencyError
-from persona_edge.evaluation import margins
 from persona_edge.maskpack import MaskPack, encode_pack
 from persona_edge.masks import PersonaSet, Plane, Pole
-from persona_edge.modeling import TorchModel, load_torch_model
 from persona_edge.persona_sets import load_persona_set, shipped_sets
+from tests.arm_checks import scores, snapshot
 from tests.tiny_models import (
-    ARCHITECTURES,
     calibration_set,
     load,
     one_thread,  # noqa: F401 - a fixture
@@ -83,23 +74,6 @@ def arms(context: ArmContext, axis_set: CalibrationSet) -> dict[tuple[str, int],
 def runtime(gguf_path: Path) -> Iterator[RuntimeEngine]:
     with RuntimeEngine.open(gguf_path, n_ctx=256, n_threads=1) as engine:
         yield engine
-
-
-def texts(engine: TorchEngine | RuntimeEngine) -> list[EncodedText]:
-    answers = [engine.text_tokens(" I would rather wait"), engine.text_tokens(" Let us dance until the morning")]
-    asked = engine.chat_tokens(user_message("What do you do?"))
-    return [EncodedText((*asked, *answer), len(answer)) for answer in answers]
-
-
-def scores(engine: TorchEngine | RuntimeEngine) -> np.ndarray:
-    return np.concatenate(engine.log_probabilities(texts(engine)))
-
-
-def snapshot(model: TorchModel) -> tuple[dict[str, bytes], list[tuple[str, type]], int]:
-    """Every bit of the weights, the modules that there are, and how many hooks they have."""
-    weights = {name: value.numpy().tobytes() for name, value in model.model.state_dict().items()}
-    modules = [(name, type(module)) for name, module in model.model.named_modules()]
-    return weights, modules, sum(len(module._forward_hooks) for module in model.model.modules())
 
 
 class TestEveryArm:
@@ -306,125 +280,3 @@ class TestPromptArms:
                 f"What of {topic}?",
             ]
             assert all(m["content"].endswith(answer) for m in messages[1::2])
-
-
-class TestControlVector:
-    def test_points_from_one_pole_to_the_other(self, context: ArmContext, axis_set: CalibrationSet) -> None:
-        part = axis_set.split()[0]
-        swapped = replace(part, contrasts=tuple(Contrast(c.prompt, c.negative, c.positive) for c in part.contrasts))
-        vector, opposite = (find_control_vector(context.model, s, max_tokens=200) for s in (part, swapped))
-        for block, direction in vector.directions.items():
-            assert direction.shape == (context.model.model.config.hidden_size,)
-            torch.testing.assert_close(opposite.directions[block], -direction, rtol=1e-3, atol=1e-5)
-        moved = [margin_under(context.model, part, vector, c) for c in (-2.0, 0.0, 2.0)]
-        assert moved == sorted(moved)
-
-    @pytest.mark.parametrize("architecture", ARCHITECTURES)
-    def test_works_on_every_architecture(self, architecture: str, tmp_path: Path, axis_set: CalibrationSet) -> None:
-        model = load(save_folder(tmp_path / architecture, architecture))
-        vector = find_control_vector(model, axis_set.split()[0])
-        plain = scores(TorchEngine(model))
-        with controlled(model, vector, 3.0):
-            changed = scores(TorchEngine(model))
-            assert TorchEngine(model).generate([user_message("Hi?")], max_tokens=3)
-        assert np.abs(changed - plain).max() > 1e-3
-        np.testing.assert_array_equal(scores(TorchEngine(model)), plain)
-
-
-def margin_under(model: TorchModel, part: CalibrationSet, vector: Any, coefficient: float) -> float:
-    with controlled(model, vector, coefficient):
-        return mean_margin(model, part)
-
-
-def mean_margin(model: TorchModel, part: CalibrationSet) -> float:
-    return margins(model, [encode_contrast(model.tokenizer, c, i) for i, c in enumerate(part.contrasts)]).mean_margin
-
-
-class TestLora:
-    @staticmethod
-    def train(
-        context: ArmContext, part: CalibrationSet, settings: LoraSettings, folder: Path, toward: int = 1, **more: Any
-    ) -> TrainedAdapter:
-        return train_adapter(context.model, part, toward, settings, folder=folder, model_key={"m": "tiny"}, **more)
-
-    @pytest.mark.parametrize("settings", [SFT, DPO], ids=["sft", "dpo"])
-    @pytest.mark.parametrize("toward", [1, -1])
-    def test_training_moves_the_margin_of_its_own_pairs_and_its_loss_falls(
-        self, settings: LoraSettings, toward: int, context: ArmContext, axis_set: CalibrationSet, tmp_path: Path
-    ) -> None:
-        part = axis_set.split()[0]
-        adapter = self.train(context, part, settings, tmp_path, toward)
-        assert adapter.losses[-1] < adapter.losses[0]
-        assert len(adapter.losses) == settings.n_epochs
-        before = mean_margin(context.model, part)
-        with adapted(context.model, adapter.tensors, rank=settings.rank, alpha=settings.alpha):
-            after = mean_margin(context.model, part)
-        assert toward * (after - before) > 0.01
-
-    def test_an_adapter_at_scale_zero_is_the_base_model(
-        self, context: ArmContext, axis_set: CalibrationSet, tmp_path: Path
-    ) -> None:
-        adapter = self.train(context, axis_set.limit(4), replace(SFT, n_epochs=1), tmp_path)
-        engine = TorchEngine(context.model)
-        plain = scores(engine)
-        for scale, equal in ((0.0, True), (1.0, False)):
-            with adapted(context.model, adapter.tensors, rank=SFT.rank, alpha=SFT.alpha, scale=scale):
-                assert np.array_equal(scores(engine), plain) == equal
-
-    def test_a_trained_adapter_is_kept_and_found_again(
-        self, context: ArmContext, axis_set: CalibrationSet, tmp_path: Path
-    ) -> None:
-        quick, steps = replace(DPO, n_epochs=1), []
-        first = self.train(context, axis_set.limit(6), quick, tmp_path)
-        again = self.train(context, axis_set.limit(6), quick, tmp_path, progress=lambda *step: steps.append(step))
-        assert steps == []
-        assert (again.losses, again.seconds, again.n_bytes) == (first.losses, first.seconds, first.n_bytes)
-        assert_same_tensors(again, first)
-        self.train(context, axis_set.limit(6), quick, tmp_path, -1)
-        self.train(context, axis_set.limit(6), replace(quick, seed=1), tmp_path)
-        assert len(list(tmp_path.glob("*.safetensors"))) == 3
-
-    @pytest.mark.parametrize("settings", [SFT, DPO], ids=["sft", "dpo"])
-    def test_interrupted_training_goes_on_to_the_same_adapter(
-        self,
-        settings: LoraSettings,
-        context: ArmContext,
-        axis_set: CalibrationSet,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
-        monkeypatch.setattr(lora_training, "SECONDS_BETWEEN_CHECKPOINTS", -1.0)
-        quick, part = replace(settings, n_epochs=2, batch_tokens=150), axis_set.limit(8)
-        expected = self.train(context, part, quick, tmp_path / "whole")
-        assert expected.n_steps >= 6
-
-        def interrupt(_label: str, step: int, _n_steps: int) -> None:
-            if step == 4:
-                raise KeyboardInterrupt
-
-        before = snapshot(context.model)
-        with pytest.raises(KeyboardInterrupt):
-            self.train(context, part, quick, tmp_path / "cut", progress=interrupt)
-        assert snapshot(context.model) == before
-        steps: list[Sequence[object]] = []
-        resumed = self.train(context, part, quick, tmp_path / "cut", progress=lambda *step: steps.append(step))
-        assert steps[0][1] == 4
-        assert_same_tensors(resumed, expected)
-        assert resumed.losses == expected.losses
-        assert not list((tmp_path / "cut").glob("*.partial"))
-
-
-def assert_same_tensors(a: TrainedAdapter, b: TrainedAdapter) -> None:
-    assert a.tensors.keys() == b.tensors.keys()
-    for name, tensor in a.tensors.items():
-        assert torch.equal(tensor, b.tensors[name]), name
-
-
-@pytest.mark.model
-def test_on_the_real_model_a_control_vector_moves_unseen_contrasts(smollm2_path: Path) -> None:
-    model = load_torch_model(smollm2_path, name="smollm2", device="cpu")
-    calibration, held_out = load_persona_set("mbti-ei").sets[0].split()
-    vector = find_control_vector(model, calibration.limit(12))
-    levels = [margin_under(model, held_out.limit(6), vector, coefficient) for coefficient in (-0.5, 0.0, 0.5)]
-    assert levels == sorted(levels)
-    assert levels[2] - levels[0] > 0.02

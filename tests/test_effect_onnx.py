@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from persona_edge.effect.runtime_engine import RuntimeEngine
 from persona_edge.encoding import EncodedText
 from persona_edge.export import fingerprint
 from persona_edge.exporters.to_onnx import export_onnx
+from tests.program import RUN_WITHOUT_TORCH
 from tests.tiny_models import contrasts
 from tests.tiny_onnx import TinyOnnx, personas_of, tiny_llama, tiny_onnx_cache
 
@@ -62,9 +62,7 @@ def _values(record: Record, engine: str, name: str, pole: str | None) -> bytes:
 
 def test_an_onnx_folder_is_measured_with_a_pack_and_without_torch(folder: Path, tmp_path: Path) -> None:
     words = _words(folder, "tiny.onnx-int4", tmp_path / "effect", "--engine", "runtime")
-    without_torch = "import sys; sys.modules['torch'] = sys.modules['transformers'] = None"
-    code = f"{without_torch}\nfrom persona_edge.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    done = subprocess.run([*RUN_WITHOUT_TORCH, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "need the GGUF file" in done.stderr
     record = _read(tmp_path / "effect")

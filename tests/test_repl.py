@@ -12,7 +12,7 @@ import pytest
 from persona_edge.chat_values import Answer, ChatSettings
 from persona_edge.errors import GenerationError, InputError, PersonaNotFoundError
 from persona_edge.repl import Repl
-from persona_edge.repl_commands import HELP, comparison_request, find_speaker, personas_text
+from persona_edge.repl_commands import HELP
 from persona_edge.runtime.session import PersonaRuntime
 from persona_edge.runtime.values import Message, SamplingOptions
 from tests.tiny_chat import N_CONTEXT, PERSONAS, RecordedOutput, write_model, write_model_and_pack
@@ -276,38 +276,6 @@ def test_in_a_comparing_chat_every_question_is_compared(
         Repl(runtime, RecordedOutput(), replace(SETTINGS, compare=("who",)))
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("", ([], "")),
-        ("INFP ENTJ", (["INFP", "ENTJ"], "")),
-        ("base,infp, ENTJ", (["base", "infp", "ENTJ"], "")),
-        ("INFP ENTJ: How?", (["INFP", "ENTJ"], "How?")),
-        ("INFP ENTJ How?", (["INFP", "ENTJ"], "How?")),
-        ("I like cats", ([], "I like cats")),
-        ("I: like cats", (["I"], "like cats")),
-        ("I E", (["I", "E"], "")),
-        (": INFP is what?", ([], "INFP is what?")),
-        ("night owl E", (["night owl", "E"], "")),
-        ("night owls sleep", ([], "night owls sleep")),
-        ("What is 1:2?", ([], "What is 1:2?")),
-    ],
-)
-def test_names_and_question_of_a_comparison(text: str, expected: tuple[list[str], str]) -> None:
-    assert comparison_request(text, list(PERSONAS)) == expected
-
-
-def test_a_persona_called_base_can_be_named() -> None:
-    assert find_speaker("BASE", ["base", "x"]) == "base"
-    assert find_speaker("base", ["x"]) is None
-
-
-def test_letter_case_matters_where_it_tells_names_apart() -> None:
-    assert find_speaker("Ab", ["Ab", "aB"]) == "Ab"
-    with pytest.raises(PersonaNotFoundError, match="no persona 'AB'; there are base, Ab, aB"):
-        find_speaker("AB", ["Ab", "aB"])
-
-
 # Reports, help, completion
 
 
@@ -353,11 +321,6 @@ def test_quit_ends_the_chat(chat: Chat, line: str) -> None:
 )
 def test_completion(chat: Chat, before: str, word: str, expected: list[str]) -> None:
     assert chat.repl.complete(before, word) == expected
-
-
-def test_many_personas_stay_within_the_width() -> None:
-    text = personas_text([f"{'x' * (i % 30)}{i}" for i in range(60)], "x1", 76)
-    assert max(map(len, text.splitlines())) <= 76
 
 
 # Interrupts and failures

