@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import calibration_memory
 from benchmarks.calibration_memory import Plan, Run, measure, slopes
 from benchmarks.calibration_memory_run import HELD_OUT_TOKENS, Peaks, run
 from benchmarks.memory_arithmetic import PHASES, Job, phases
@@ -121,6 +120,6 @@ def process(returncode: int, stdout: str, stderr: str) -> Callable[..., Any]:
 
 
 def test_a_process_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration_memory.subprocess, "run", process(1, "", "Traceback\nMemoryError: no room\n"))
+    monkeypatch.setattr(subprocess, "run", process(1, "", "Traceback\nMemoryError: no room\n"))
     with pytest.raises(GenerationError, match=r"1 blocks, plain.* code 1: MemoryError: no room$"):
         measure(TINY, Plan(n_vocab=TINY.n_vocab).quick())
