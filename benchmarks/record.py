@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 
-from persona_edge import __version__
-from persona_edge.doctor import installed_version
-from persona_edge.machine import cpu_model, system_name, total_memory, usable_cores
+from persona_edge.conditions import Conditions
+from persona_edge.conditions import conditions as current_conditions
+from persona_edge.markdown_table import markdown_table
 
 __all__ = ["Conditions", "Result", "Spread", "Table", "conditions", "markdown", "write"]
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "results"
-_PACKAGES = ("numpy", "llama-cpp-python", "torch", "transformers")
 
 
 @dataclass(frozen=True)
@@ -47,19 +42,6 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Conditions:
-    """Where, with what and when something was measured. Memory in bytes, None where it cannot be told."""
-
-    command: str
-    date: str
-    cpu: str
-    cores: int
-    memory_bytes: int | None
-    system: str
-    versions: Mapping[str, str]
-
-
-@dataclass(frozen=True)
 class Spread:
     """Quantiles of repeated measurements, in the unit that these were in."""
 
@@ -77,16 +59,7 @@ class Spread:
 
 def conditions(arguments: Sequence[str]) -> Conditions:
     """This machine and these packages now. `arguments` are the command's; folders in them are left out."""
-    versions = {name: version for name in _PACKAGES if (version := installed_version(name)) is not None}
-    return Conditions(
-        command=shlex.join(["python", "-m", "benchmarks", *map(_without_folder, arguments)]),
-        date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        cpu=cpu_model(),
-        cores=usable_cores(),
-        memory_bytes=total_memory(),
-        system=system_name(),
-        versions={"python": platform.python_version(), **versions, "persona-edge": __version__},
-    )
+    return current_conditions(["python", "-m", "benchmarks", *arguments])
 
 
 def markdown(result: Result, measured: Conditions) -> str:
@@ -118,26 +91,7 @@ def _lines(result: Result, measured: Conditions) -> Iterator[str]:
     for table in result.tables:
         if table.caption:
             yield from (table.caption, "")
-        yield _row(table.headers)
-        yield _row(("---", *["---:"] * (len(table.headers) - 1)))
-        yield from map(_row, table.rows)
-        yield ""
+        yield from (*markdown_table(table.headers, table.rows), "")
     for note in result.notes:
         yield from (note, "")
-    memory = "" if measured.memory_bytes is None else f", {measured.memory_bytes / 2**30:.1f} GiB of memory"
-    versions = ", ".join(f"{package} {version}" for package, version in measured.versions.items())
-    yield f"`{measured.command}` on {measured.date}: {measured.cpu}, {measured.cores} cores{memory}; {measured.system};"
-    yield f"{versions}."
-    yield ""
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
-
-
-def _without_folder(argument: str) -> str:
-    """`--pack=/home/me/a.maskpack` as `--pack=a.maskpack`: where files lie is nobody's business."""
-    option, equals, value = argument.partition("=")
-    if equals and option.startswith("-"):
-        return f"{option}={_without_folder(value)}"
-    return Path(argument).name if os.sep in argument else argument
+    yield from (f"`{measured.command}` on {measured.date}: {measured.machine}.", "")

@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from persona_edge.effect.interfaces import Arm, ChatMessage, Engine, EngineName, user_message
+from persona_edge.effect.interfaces import Arm, ChatMessage, Engine, EngineName, Task, TaskResult, user_message
 from persona_edge.encoding import EncodedText
 
 ALPHABET = "".join(chr(i) for i in range(32, 127)) + "\n"
@@ -109,3 +109,15 @@ def prompted(words: str, *, pole: str = "E", toward: int = 1) -> Arm:
 
     active: Callable[[Engine], AbstractContextManager[None]] = lambda engine: nullcontext()  # noqa: E731
     return Arm("prompted", pole, toward, messages, active)
+
+
+def measure(task: Task, engine: Engine, arm: Arm) -> TaskResult:
+    """What `task` finds on `engine` while `arm` acts."""
+    task.prepare(engine)
+    with arm.active(engine):
+        return task.measure(engine, arm)
+
+
+def means(result: TaskResult) -> dict[str, float]:
+    """The mean of each measure, over the items that have one."""
+    return {items.measure: float(np.nanmean(items.values)) for items in result.measures}

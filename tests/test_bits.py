@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from persona_edge.bits import CodecError, decode_positions, encode_positions, entropy_bits
+from tests.slow_reader import SlowReader
 
 Positions = NDArray[np.uint32]
 # Units of one block of a 135M model at granularity 32: q, k, v, o, gate, up, down.
@@ -22,30 +23,6 @@ def uint32(*values: int) -> Positions:
 def random_sets(units: list[int], densities: list[float], seed: int = 0) -> list[Positions]:
     rng = np.random.default_rng(seed)
     return [np.flatnonzero(rng.random(n) < p).astype(np.uint32) for n, p in zip(units, densities, strict=True)]
-
-
-class SlowReader:
-    """Bits of a stream, one at a time, as docs/pack-format.md tells them."""
-
-    def __init__(self, data: bytes) -> None:
-        self.bits = [byte >> i & 1 for byte in data for i in range(8)]
-        self.at = 0
-
-    def field(self, width: int) -> int:
-        value = sum(self.bits[self.at + i] << i for i in range(width))
-        self.at += width
-        return value
-
-    def unary(self) -> int:
-        zeros = 0
-        while not self.bits[self.at]:
-            zeros, self.at = zeros + 1, self.at + 1
-        self.at += 1
-        return zeros
-
-    def align(self) -> None:
-        while self.at % 8:
-            assert self.field(1) == 0
 
 
 def slow_code(n: int, k: int) -> tuple[str, int, int]:

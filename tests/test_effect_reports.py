@@ -16,10 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from persona_edge.conditions import conditions
 from persona_edge.effect.interfaces import CHAT_KL, SHARE, TOWARD_POLE, EngineName, Items
 from persona_edge.effect.intervals import estimate, oriented, paired_difference
 from persona_edge.effect.plots import effect_plot
-from persona_edge.effect.record import ArmRecord, Axis, Outcome, Record, conditions, from_json, to_json
+from persona_edge.effect.record import ArmRecord, Axis, Outcome, Record, from_json, to_json
 from persona_edge.effect.report_html import html
 from persona_edge.effect.report_markdown import markdown
 from persona_edge.effect.reports import report_path, write_reports

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from persona_edge.effect.interfaces import SHARE, Arm, ChatMessage, Engine, EngineName, Items, TaskResult, user_message
 from persona_edge.effect.journal import Journal, key_of
-from persona_edge.effect.record import Axis, Record, conditions, from_json, merged, to_json
+from persona_edge.effect.record import Axis, Record, from_json, merged, to_json
 from persona_edge.effect.run import PlannedArm, Runner, Subject, run
 from persona_edge.encoding import EncodedText
 from persona_edge.errors import GenerationError, InputError, OutputError
@@ -296,9 +295,3 @@ def test_records_of_one_model_merge() -> None:
         merged([first, run(engine, [], [], subject=Subject("n", "2"))])
     with pytest.raises(InputError, match="at least one"):
         merged([])
-
-
-def test_conditions_leave_out_folders() -> None:
-    found = conditions(["persona-edge", "eval", "--pack=/home/me/a b.maskpack", "--output", "/tmp/x/effect", "a/b"])
-    assert found.command == "persona-edge eval '--pack=a b.maskpack' --output effect b"
-    assert json.loads(to_json(sample()))["conditions"]["versions"]["numpy"] == np.__version__

@@ -19,14 +19,13 @@ from persona_edge.effect.choice_tasks import (
     encode_pair,
 )
 from persona_edge.effect.drift_tasks import ChatKlTask, PerplexityTask, WebKlTask, kl_divergence, spaced_windows
-from persona_edge.effect.interfaces import Arm, Engine, Task, TaskResult
 from persona_edge.effect.reply_tasks import REPLY_PROMPTS, ReplyTask, ordinary_words, reply_quality
 from persona_edge.effect.role_task import role_axis
 from persona_edge.effect.runtime_engine import RuntimeEngine
 from persona_edge.effect.task_registry import QUICK_TASKS, TASK_NAMES, TaskContext, make_tasks, skipped_tasks
 from persona_edge.errors import CalibrationError, InputError
 from persona_edge.persona_sets import load_persona_set
-from tests.rule_engine import ALPHABET, Rule, RuleEngine, base, prompted, ruled
+from tests.rule_engine import ALPHABET, Rule, RuleEngine, base, means, measure, prompted, ruled
 from tests.tiny_eval_data import write_folder
 
 UNIFORM = math.log(len(ALPHABET))
@@ -35,16 +34,6 @@ UNIFORM = math.log(len(ALPHABET))
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(tmp_path_factory.mktemp("data"))
-
-
-def measure(task: Task, engine: Engine, arm: Arm) -> TaskResult:
-    task.prepare(engine)
-    with arm.active(engine):
-        return task.measure(engine, arm)
-
-
-def means(result: TaskResult) -> dict[str, float]:
-    return {items.measure: float(np.nanmean(items.values)) for items in result.measures}
 
 
 def test_windows_reach_from_the_first_token_to_the_last() -> None:

@@ -13,7 +13,6 @@ from persona_edge.effect.answer_levels import MAX_CONTEXT_TOKENS, answer_levels
 from persona_edge.effect.composition_task import AxisContrasts, CompositionTask, type_answers_task
 from persona_edge.effect.contrast_tasks import ContrastTask, UnpairedAnswers, external_pairs, external_source
 from persona_edge.effect.eval_data import draw, read_rows
-from persona_edge.effect.interfaces import Arm, Engine, Task, TaskResult
 from persona_edge.effect.item_values import auc_values, bias_free_values, preference
 from persona_edge.effect.role_task import identified, role_axis, role_task, roles_in
 from persona_edge.effect.statement_tasks import (
@@ -27,7 +26,7 @@ from persona_edge.effect.statement_tasks import (
     trait_of,
 )
 from persona_edge.errors import CalibrationError, InputError
-from tests.rule_engine import ALPHABET, Rule, RuleEngine, base, prompted, ruled
+from tests.rule_engine import ALPHABET, Rule, RuleEngine, base, means, measure, prompted, ruled
 from tests.tiny_eval_data import TYPES, write_folder
 
 CONTRASTS = (Contrast("Go out?", "aa", "bbbb"), Contrast("Stay in?", "b", "ab"))
@@ -40,16 +39,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def axis(positive: str, negative: str, name: str = "axis") -> CalibrationSet:
     return CalibrationSet(name, name, positive, negative, CONTRASTS)
-
-
-def measure(task: Task, engine: Engine, arm: Arm) -> TaskResult:
-    task.prepare(engine)
-    with arm.active(engine):
-        return task.measure(engine, arm)
-
-
-def means(result: TaskResult) -> dict[str, float]:
-    return {items.measure: float(np.nanmean(items.values)) for items in result.measures}
 
 
 def boosted(boost: float) -> tuple[float, float]:

@@ -23,9 +23,9 @@ from persona_edge.runtime import llama_library, llama_lookup, llama_weights
 from persona_edge.runtime.llama_library import GgmlTensor, check_tensor_layout, load_library
 from persona_edge.runtime.llama_weights import LlamaModel, TensorLookup, find_tensors, weights_digest
 from persona_edge.runtime.placement import Placement
+from tests.tiny_chat import N_TOKENS, WIDTH, add_byte_vocabulary
 
 Q4_1, Q5_0, Q8_0, Q4_K, Q6_K, F32 = 3, 6, 8, 12, 14, 0
-WIDTH, N_TOKENS = 64, 260
 
 
 class ShiftedTensor(ctypes.Structure):
@@ -44,12 +44,7 @@ def write_tiny_llama(path: Path, *, architecture: str = "llama", n_parts: int = 
     writer.add_feed_forward_length(2 * WIDTH)
     writer.add_head_count(2)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    alphabet = [*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324)]  # GPT-2's names of the bytes
-    writer.add_token_list([chr(c) for c in alphabet] + [f"<{i}>" for i in range(N_TOKENS - len(alphabet))])
-    writer.add_token_types([1] * len(alphabet) + [3] * (N_TOKENS - len(alphabet)))
-    writer.add_token_merges(["a b"])
+    add_byte_vocabulary(writer)
     random = np.random.default_rng(0)
     shapes = {"token_embd": (N_TOKENS, WIDTH), "output": (N_TOKENS, WIDTH), "output_norm": (WIDTH,)}
     for name in ("attn_q", "attn_k", "attn_v", "attn_output"):

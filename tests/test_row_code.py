@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from persona_edge.bits import CodecError, encode_positions, entropy_bits
 from persona_edge.row_code import decode_rows, encode_rows
+from tests.slow_reader import SlowReader
 
 Positions = NDArray[np.uint32]
 Shapes = list[tuple[int, int]]
@@ -39,23 +40,8 @@ def bound(shapes: Shapes, positions: list[Positions]) -> float:
     return sum(entropy_bits(r * g, len(p)) for (r, g), p in zip(shapes, positions, strict=True)) / 8
 
 
-class SlowReader:
-    """The bits of a section one at a time, and sets and choices, as docs/pack-format.md tells them."""
-
-    def __init__(self, data: bytes) -> None:
-        self.bits = [byte >> i & 1 for byte in data for i in range(8)]
-        self.at = 0
-
-    def field(self, width: int) -> int:
-        value = sum(self.bits[self.at + i] << i for i in range(width))
-        self.at += width
-        return value
-
-    def unary(self) -> int:
-        zeros = 0
-        while not self.field(1):
-            zeros += 1
-        return zeros
+class SlowRowReader(SlowReader):
+    """The parts of a row code too: bounded numbers, sets, and choices."""
 
     def bounded(self, limit: int) -> int:
         value = self.field(limit.bit_length())
@@ -119,7 +105,7 @@ def slow_limits(n_groups: int, level: int) -> tuple[int, int]:
 
 
 def slow_decode(data: bytes, shapes: Shapes) -> list[list[int]]:
-    reader = SlowReader(data)
+    reader = SlowRowReader(data)
     left = [i for i, (n_rows, n_groups) in enumerate(shapes) if n_rows * n_groups]
     empty = {left[j] for j in reader.set(len(left), reader.bounded(len(left)), True)}
     left = [i for i in left if i not in empty]

@@ -42,14 +42,7 @@ def write_model(
     writer.add_feed_forward_length(2 * WIDTH)
     writer.add_head_count(2)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    alphabet = [*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324)]  # GPT-2's names of the bytes
-    specials = [f"<{i}>" for i in range(N_TOKENS - len(alphabet))]
-    writer.add_token_list([chr(c) for c in alphabet] + specials)
-    writer.add_token_types([1] * len(alphabet) + [3] * len(specials))
-    writer.add_token_merges(["a b"])
-    writer.add_eos_token_id(len(alphabet))
+    writer.add_eos_token_id(add_byte_vocabulary(writer))
     if chat_template is not None:
         writer.add_chat_template(chat_template)
     random = np.random.default_rng(seed)
@@ -65,6 +58,18 @@ def write_model(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def add_byte_vocabulary(writer: gguf.GGUFWriter) -> int:
+    """A token per byte, then special tokens up to N_TOKENS; the number of the first special one."""
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    alphabet = [*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324)]  # GPT-2's names of the bytes
+    specials = [f"<{i}>" for i in range(N_TOKENS - len(alphabet))]
+    writer.add_token_list([chr(c) for c in alphabet] + specials)
+    writer.add_token_types([1] * len(alphabet) + [3] * len(specials))
+    writer.add_token_merges(["a b"])
+    return len(alphabet)
 
 
 def _shapes() -> dict[str, tuple[int, ...]]:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from persona_edge.build import BuildSettings
 from persona_edge.cache import file_sha256
 from persona_edge.calibration import Calibrator, Progress, silent
+from persona_edge.conditions import conditions
 from persona_edge.contrasts import CalibrationSet
 from persona_edge.downloads import Progress as DownloadProgress
 from persona_edge.effect.analysis import analyse_pack
@@ -27,7 +28,7 @@ from persona_edge.effect.interfaces import Arm, Engine, EngineName, Task
 from persona_edge.effect.journal import Journal
 from persona_edge.effect.mask_arms import mask_arm_from_pack
 from persona_edge.effect.prompt_arms import base_arm
-from persona_edge.effect.record import ArmRecord, Axis, Record, conditions, merged
+from persona_edge.effect.record import ArmRecord, Axis, Record, merged
 from persona_edge.effect.reports import report_path, write_reports
 from persona_edge.effect.run import PlannedArm, Runner, Subject
 from persona_edge.effect.runtime_engine import RuntimeEngine

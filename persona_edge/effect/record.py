@@ -8,32 +8,23 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
 import re
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from persona_edge import __version__
+from persona_edge.conditions import Conditions
 from persona_edge.contrasts import CalibrationSet
-from persona_edge.doctor import installed_version
 from persona_edge.effect.interfaces import EngineName, Items
 from persona_edge.errors import InputError
-from persona_edge.machine import cpu_model, system_name, total_memory, usable_cores
 
 __all__ = [
     "ArmRecord",
     "Axis",
-    "Conditions",
     "Outcome",
     "Record",
-    "conditions",
     "from_json",
     "merged",
     "outcome_from_plain",
@@ -44,7 +35,6 @@ __all__ = [
 FORMAT: Final = "persona-edge evaluation 1"
 _NUMBER = r"(?:-?[\d.e+-]+|null)"
 _NUMBERS: Final = re.compile(rf"\[\n\s*{_NUMBER}(?:,\n\s*{_NUMBER})*\n\s*\]")
-PACKAGES: Final = ("torch", "transformers", "peft", "bm25s", "llama-cpp-python", "onnxruntime", "numpy")
 
 
 @dataclass(frozen=True)
@@ -59,19 +49,6 @@ class Axis:
     def of(cls, axis_set: CalibrationSet) -> Axis:
         """The axis of a calibration set."""
         return cls(axis_set.axis, axis_set.positive_pole, axis_set.negative_pole)
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """Where, with what and when something was measured. Memory in bytes, None where it cannot be told."""
-
-    command: str
-    date: str
-    cpu: str
-    cores: int
-    memory_bytes: int | None
-    system: str
-    versions: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -129,20 +106,6 @@ class Record:
     def arm(self, engine: str, name: str, pole: str | None) -> ArmRecord | None:
         """The arm with these names."""
         return next((arm for arm in self.arms if (arm.engine, arm.name, arm.pole) == (engine, name, pole)), None)
-
-
-def conditions(command: Sequence[str] = ()) -> Conditions:
-    """This machine and these packages now. Folders are left out of the `command` words: they are nobody's business."""
-    versions = {name: version for name in PACKAGES if (version := installed_version(name)) is not None}
-    return Conditions(
-        command=shlex.join(map(_without_folder, command)),
-        date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        cpu=cpu_model(),
-        cores=usable_cores(),
-        memory_bytes=total_memory(),
-        system=system_name(),
-        versions={"persona-edge": __version__, "python": platform.python_version(), **versions},
-    )
 
 
 def merged(records: Sequence[Record]) -> Record:
@@ -235,11 +198,3 @@ def _plain(value: object) -> Any:
     if isinstance(value, bool | int | str) or value is None:
         return value
     return int(value) if isinstance(value, np.integer) else str(value)
-
-
-def _without_folder(argument: str) -> str:
-    """`--pack=/home/me/a.maskpack` as `--pack=a.maskpack`."""
-    option, equals, value = argument.partition("=")
-    if equals and option.startswith("-"):
-        return f"{option}={_without_folder(value)}"
-    return Path(argument).name if os.sep in argument else argument

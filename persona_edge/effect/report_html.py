@@ -5,21 +5,11 @@ Everything that a model or a user wrote is escaped; the page holds no script.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 
-from persona_edge.effect.analysis_tables import analysis_tables
 from persona_edge.effect.record import Record
-from persona_edge.effect.report_markdown import LEGEND, conditions_text
-from persona_edge.effect.tables import (
-    Table,
-    facts_table,
-    overview_tables,
-    persona_tables,
-    problems,
-    side_effect_tables,
-    standing_tables,
-)
+from persona_edge.effect.report_sections import LEGEND, Notes, Section, measured_on, notes_of, sections_of
 from persona_edge.effect.transcripts import Transcripts, transcripts_of
 
 __all__ = ["html"]
@@ -51,26 +41,23 @@ def _page(record: Record, plot: str | None) -> Iterator[str]:
     yield f"<h1>Effect: {escape(record.model)}</h1>"
     if record.conditions.command:
         yield f"<p><code>{escape(record.conditions.command)}</code></p>"
-    yield f"<p>{escape(conditions_text(record.conditions))}</p><p>{escape(LEGEND)}</p>"
-    yield from _section("Overview", overview_tables(record))
+    yield f"<p>{escape(measured_on(record))}</p><p>{escape(LEGEND)}</p>"
+    overview, *others = sections_of(record)
+    yield from _section(overview)
     if plot is not None:
         yield f"<h2>Effect against side effect</h2>{plot}"
-    yield from _section("Against the other arms", standing_tables(record))
-    yield from _section("Persona", persona_tables(record))
-    yield from _section("Side effects", side_effect_tables(record))
-    yield from _section("Making and keeping", [facts_table(record)])
-    yield from _section("The masks", analysis_tables(record.analysis))
+    for section in others:
+        yield from _section(section)
     yield from _transcripts(transcripts_of(record))
-    yield from _list("Settings", [f"{name}: {value}" for name, value in record.settings.items()])
-    yield from _list("Left out, and what went wrong", problems(record))
+    for notes in notes_of(record):
+        yield from _notes(notes)
     yield "</body></html>"
 
 
-def _section(title: str, tables: Iterable[Table]) -> Iterator[str]:
-    filled = [table for table in tables if table.rows and len(table.headers) > 1]
-    if filled:
-        yield f"<h2>{title}</h2>"
-    for table in filled:
+def _section(section: Section) -> Iterator[str]:
+    if section.tables:
+        yield f"<h2>{section.title}</h2>"
+    for table in section.tables:
         yield f'<div class="wide"><table><caption>{escape(table.caption)}</caption>'
         yield _row(table.headers, "th")
         yield from (_row(row, "td") for row in table.rows)
@@ -88,10 +75,10 @@ def _transcripts(found: Sequence[Transcripts]) -> Iterator[str]:
         yield "</table></div>"
 
 
-def _list(title: str, lines: Sequence[str]) -> Iterator[str]:
-    if lines:
-        yield f"<h2>{title}</h2><ul>"
-        yield from (f"<li>{escape(line)}</li>" for line in lines)
+def _notes(notes: Notes) -> Iterator[str]:
+    if notes.lines:
+        yield f"<h2>{notes.title}</h2><ul>"
+        yield from (f"<li>{escape(line)}</li>" for line in notes.lines)
         yield "</ul>"
 
 

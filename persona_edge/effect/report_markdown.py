@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
-from persona_edge.effect.analysis_tables import analysis_tables
-from persona_edge.effect.record import Conditions, Record
-from persona_edge.effect.tables import (
-    Table,
-    facts_table,
-    overview_tables,
-    persona_tables,
-    problems,
-    side_effect_tables,
-    standing_tables,
-)
+from persona_edge.effect.record import Record
+from persona_edge.effect.report_sections import LEGEND, Notes, Section, measured_on, notes_of, sections_of
 from persona_edge.effect.transcripts import Transcripts, transcripts_of
+from persona_edge.markdown_table import markdown_table
 
-__all__ = ["LEGEND", "conditions_text", "markdown"]
+__all__ = ["markdown"]
 
-LEGEND = (
-    "A cell is the mean with its 95 % interval (bootstrap over items) and, after it, the difference to base, paired "
-    "item by item; * marks a difference whose own interval excludes zero. Shares and areas under a curve are percent, "
-    "and as the arm's own pole sees them."
-)
 N_PROMPTS = 3
 MAX_CHARACTERS = 400
 
@@ -33,40 +20,27 @@ def markdown(record: Record, *, picture: str | None = None) -> str:
     return "\n".join(_lines(record, picture)) + "\n"
 
 
-def conditions_text(measured: Conditions) -> str:
-    """Where and with what, in one sentence."""
-    memory = "" if measured.memory_bytes is None else f", {measured.memory_bytes / 2**30:.1f} GiB of memory"
-    versions = ", ".join(f"{package} {version}" for package, version in measured.versions.items())
-    return f"{measured.date}; {measured.cpu}, {measured.cores} cores{memory}; {measured.system}; {versions}."
-
-
 def _lines(record: Record, picture: str | None) -> Iterator[str]:
     yield from (f"# Effect: {record.model}", "")
     if record.conditions.command:
         yield from (f"`{record.conditions.command}`", "")
-    yield from (conditions_text(record.conditions), "", LEGEND, "")
-    yield from _section("Overview", overview_tables(record))
+    yield from (measured_on(record), "", LEGEND, "")
+    overview, *others = sections_of(record)
+    yield from _section(overview)
     if picture is not None:
         yield from (f"![Effect against side effect]({picture})", "")
-    yield from _section("Against the other arms", standing_tables(record))
-    yield from _section("Persona", persona_tables(record))
-    yield from _section("Side effects", side_effect_tables(record))
-    yield from _section("Making and keeping", [facts_table(record)])
-    yield from _section("The masks", analysis_tables(record.analysis))
+    for section in others:
+        yield from _section(section)
     yield from _transcripts(transcripts_of(record))
-    yield from _list("Settings", [f"{name}: {value}" for name, value in record.settings.items()])
-    yield from _list("Left out, and what went wrong", problems(record))
+    for notes in notes_of(record):
+        yield from _notes(notes)
 
 
-def _section(title: str, tables: Iterable[Table]) -> Iterator[str]:
-    filled = [table for table in tables if table.rows and len(table.headers) > 1]
-    if filled:
-        yield from (f"## {title}", "")
-    for table in filled:
-        yield from (f"{table.caption}:", "", _row(table.headers))
-        yield _row(("---", *["---:"] * (len(table.headers) - 1)))
-        yield from map(_row, table.rows)
-        yield ""
+def _section(section: Section) -> Iterator[str]:
+    if section.tables:
+        yield from (f"## {section.title}", "")
+    for table in section.tables:
+        yield from (f"{table.caption}:", "", *markdown_table(table.headers, table.rows), "")
 
 
 def _transcripts(found: Sequence[Transcripts]) -> Iterator[str]:
@@ -79,9 +53,9 @@ def _transcripts(found: Sequence[Transcripts]) -> Iterator[str]:
             yield ""
 
 
-def _list(title: str, lines: Sequence[str]) -> Iterator[str]:
-    if lines:
-        yield from (f"## {title}", "", *(f"- {_inline(line, None)}" for line in lines), "")
+def _notes(notes: Notes) -> Iterator[str]:
+    if notes.lines:
+        yield from (f"## {notes.title}", "", *(f"- {_inline(line, None)}" for line in notes.lines), "")
 
 
 def _inline(text: str, longest: int | None = MAX_CHARACTERS) -> str:
@@ -90,7 +64,3 @@ def _inline(text: str, longest: int | None = MAX_CHARACTERS) -> str:
     if longest is not None and len(line) > longest:
         line = f"{line[:longest].rstrip()} …"
     return "".join(f"\\{character}" if character in "\\`*_[]<>#|" else character for character in line)
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"

@@ -16,15 +16,14 @@ from typing import Final
 
 from persona_edge import __version__
 from persona_edge.calibration import Progress, silent
+from persona_edge.conditions import Conditions, conditions
 from persona_edge.effect.interfaces import Arm, Engine, Task
 from persona_edge.effect.journal import Journal, key_of
 from persona_edge.effect.record import (
     ArmRecord,
     Axis,
-    Conditions,
     Outcome,
     Record,
-    conditions,
     outcome_from_plain,
     outcome_to_plain,
 )

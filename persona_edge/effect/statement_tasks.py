@@ -14,7 +14,7 @@ agreeableness, J is conscientiousness; the opposite poles are their low ends.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -81,8 +81,8 @@ class Statement:
 
 
 @dataclass(frozen=True)
-class StatementTask:
-    """Yes or no to statements, balanced in their keys."""
+class _Questionnaire:
+    """What all tasks on statements have."""
 
     name: str
     statements: tuple[Statement, ...]
@@ -91,10 +91,20 @@ class StatementTask:
     @property
     def settings(self) -> Mapping[str, str | int | float]:
         """Number of statements and a digest of them."""
-        return {"n_items": len(self.statements), "data": _digest(self.statements)}
+        texts = [[statement.text, statement.key] for statement in self.statements]
+        return {"n_items": len(self.statements), "data": digest(texts)}
+
+    @property
+    def keys(self) -> NDArray[np.int64]:
+        """Of each statement, (n_statements,)."""
+        return np.array([statement.key for statement in self.statements], dtype=np.int64)
 
     def prepare(self, engine: Engine) -> None:
         """Nothing."""
+
+
+class StatementTask(_Questionnaire):
+    """Yes or no to statements, balanced in their keys."""
 
     def measure(self, engine: Engine, arm: Arm) -> TaskResult:
         """Per statement, from the log-odds of Yes averaged over both orders of the options.
@@ -104,7 +114,7 @@ class StatementTask:
         at all tell how far to trust them.
         """
         log_odds, said = self._yes(engine, arm)
-        keys = _keys(self.statements)
+        keys = self.keys
         return TaskResult(
             self.name,
             (
@@ -132,21 +142,8 @@ class StatementTask:
         return (levels[..., 0] - levels[..., 1]).mean(axis=1), np.exp(levels).sum(axis=2).mean(axis=1)
 
 
-@dataclass(frozen=True)
-class LikertTask:
+class LikertTask(_Questionnaire):
     """How accurately do statements describe you: five options, as letters, in both orders."""
-
-    name: str
-    statements: tuple[Statement, ...]
-    kind: Literal["persona"] = "persona"
-
-    @property
-    def settings(self) -> Mapping[str, str | int | float]:
-        """Number of items and a digest of them."""
-        return {"n_items": len(self.statements), "data": _digest(self.statements)}
-
-    def prepare(self, engine: Engine) -> None:
-        """Nothing."""
 
     def measure(self, engine: Engine, arm: Arm) -> TaskResult:
         """Per item, the expected score 1 to 5 under the options' probabilities, averaged over both orders.
@@ -154,7 +151,7 @@ class LikertTask:
         The trait score is 3 + key * (score - bias): 3 for a model whose answers do not depend on what is said.
         """
         scores, said = self._expected(engine, arm)
-        keys = _keys(self.statements)
+        keys = self.keys
         return TaskResult(
             self.name,
             (
@@ -227,11 +224,3 @@ def spoken_items(task: LikertTask | StatementTask) -> UnpairedAnswers:
     """The statements of `task` as answers to a question about oneself."""
     sides = [tuple((SELF_PROMPT, s.text) for s in task.statements if s.key == key) for key in (1, -1)]
     return UnpairedAnswers(f"{task.name}, said of oneself", sides[0], sides[1])
-
-
-def _keys(statements: Sequence[Statement]) -> NDArray[np.int64]:
-    return np.array([statement.key for statement in statements], dtype=np.int64)
-
-
-def _digest(statements: Sequence[Statement]) -> str:
-    return digest([[statement.text, statement.key] for statement in statements])
