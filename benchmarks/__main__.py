@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -197,34 +198,15 @@ def main(
     *,
     names: tuple[str, ...],
     write: bool,
-    model: str,
-    pack: Path | None,
-    data: Path | None,
-    threads: int,
-    rounds: int,
-    prompt_rounds: int,
-    repeats: int,
-    tokens: int,
-    questions: int,
-    windows: int,
-    chats: int,
-    positions: int,
-    parity_models: tuple[str, ...],
     models: str,
-    minutes: float,
-    quick: bool,
-    heavy: bool,
+    **options: Any,
 ) -> None:
-    """Run the benchmarks called NAME, or all: switching, roofline, decode, parity, size, effect, runtime,
-    export.
+    """Run the benchmarks called NAME, or all: switching, roofline, decode, parity, size, effect, runtime, onnx, export.
 
     When all are run, one that lacks its pack, model or data is passed over with a line that says what it needs.
     """
-    settings = Settings(
-        model, pack, data, threads, rounds, prompt_rounds, repeats, tokens,
-        questions, windows, chats, positions, parity_models,
-        tuple(name.strip() for name in models.split(",") if name.strip()), minutes, quick, heavy,
-    )  # fmt: skip
+    runtime_models = tuple(name.strip() for name in models.split(",") if name.strip())
+    settings = Settings(runtime_models=runtime_models, **options)
     for name in names or BENCHMARKS:
         try:
             _run(name, settings, write)
