@@ -8,6 +8,7 @@ memory and its output stay there. The folder appears under its name once complet
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from persona_edge.errors import MissingDependencyError, ModelError, OutputError, UnsupportedModelError
+from persona_edge.exporters import onnx_builder
 from persona_edge.maskpack import PACK_SUFFIX, PackSummary, write_pack
 from persona_edge.masks import GROUP_SIZE, PersonaSet
 from persona_edge.onnx_model import OnnxModel, read_onnx_model
@@ -94,7 +96,7 @@ def write_onnx_model(source: Path, folder: Path, precision: Precision = "int4") 
     with _temporary_beside(folder) as work:
         original = source if source.is_dir() else _write_original(source, work / "original")
         built = work / folder.name
-        _run_builder(original, built, work / "cache", precision)
+        _run_builder(original, built, work / "cache", precision, name=source.name)
         _check_blocks(read_onnx_model(built))
         try:
             os.replace(built, folder)
@@ -153,8 +155,9 @@ def _write_original(gguf: Path, folder: Path) -> Path:
     return folder
 
 
-def _run_builder(original: Path, folder: Path, cache: Path, precision: Precision) -> None:
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
+def _run_builder(original: Path, folder: Path, cache: Path, precision: Precision, *, name: str) -> None:
+    """Convert the Hugging Face folder `original`, which errors call `name`, into `folder`."""
+    command = [sys.executable, "-m", onnx_builder.__name__]
     command += ["-i", str(original), "-o", str(folder), "-c", str(cache), "-p", precision, "-e", "cpu"]
     command += ["--extra_options", *_OPTIONS]
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
@@ -162,12 +165,22 @@ def _run_builder(original: Path, folder: Path, cache: Path, precision: Precision
     if done.returncode == 0 and (folder / "model.onnx").is_file():
         return
     said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-    reason = said[-1] if said else f"exit code {done.returncode}"
-    if "No space left" in reason:
+    reason = said[-1] if said and done.returncode >= 0 else f"exit code {done.returncode}"
+    if done.returncode == onnx_builder.FULL_DISK:
         raise OutputError(f"cannot write {folder.name}: {reason}; free some space")
-    if "NotImplementedError" in reason or "not currently supported" in reason:
-        raise UnsupportedModelError(f"onnxruntime-genai cannot convert {original.name}: {reason}")
-    raise ModelError(f"onnxruntime-genai could not convert {original.name} ({reason}); run again, or use the GGUF file")
+    what = f"{name} ({_architecture(original)})"
+    if done.returncode == onnx_builder.UNKNOWN_MODEL:
+        raise UnsupportedModelError(f"onnxruntime-genai cannot convert {what}: {reason}; use the GGUF file")
+    raise ModelError(f"onnxruntime-genai could not convert {what}: {reason}; run again, or use the GGUF file")
+
+
+def _architecture(folder: Path) -> str:
+    """The class that the model in a Hugging Face folder is of, as its config says."""
+    try:
+        (name,) = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "its config names no architecture"
+    return str(name)
 
 
 def _check_blocks(model: OnnxModel) -> None:

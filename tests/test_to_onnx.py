@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+import transformers
 
-from persona_edge.errors import ModelError, ModelMismatchError, OutputError
+from persona_edge.errors import ModelError, ModelMismatchError, OutputError, UnsupportedModelError
 from persona_edge.exporters.to_gguf import check_gguf
 from persona_edge.exporters.to_onnx import export_onnx, onnx_folder, write_onnx_model
 from persona_edge.find_packs import packs_beside
 from persona_edge.maskpack import MaskPack
 from persona_edge.onnx_weights import check_onnx
-from tests.tiny_models import load, save_folder
+from tests.tiny_models import load, save_folder, tokenizer
 from tests.tiny_onnx import TinyOnnx, personas_of, tiny_llama, tiny_onnx_cache
 
 __all__ = ["tiny_llama", "tiny_onnx_cache"]
@@ -56,6 +58,30 @@ def test_a_failed_conversion_leaves_nothing(tiny_llama: TinyOnnx, tmp_path: Path
     with pytest.raises(ModelError):
         write_onnx_model(damaged, target / "model")
     assert not list(target.iterdir())
+
+
+def test_a_model_that_the_builder_does_not_know_is_named(tmp_path: Path) -> None:
+    config = transformers.GPT2Config(vocab_size=len(tokenizer()), n_positions=64, n_embd=32, n_layer=1, n_head=2)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "small")
+    tokenizer().save_pretrained(tmp_path / "small")
+    with pytest.raises(UnsupportedModelError) as caught:
+        write_onnx_model(tmp_path / "small", tmp_path / "out")
+    said = str(caught.value)
+    assert said.startswith("onnxruntime-genai cannot convert small (GPT2LMHeadModel): NotImplementedError: ")
+    assert said.endswith("; use the GGUF file")
+    assert "\n" not in said
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+def test_any_other_failure_of_the_builder_is_one_line_with_the_architecture(tmp_path: Path) -> None:
+    folder = save_folder(tmp_path / "small", "llama")
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ModelError) as caught:
+        write_onnx_model(folder, tmp_path / "out")
+    assert type(caught.value) is ModelError
+    said = str(caught.value)
+    assert re.match(r"onnxruntime-genai could not convert small \(LlamaForCausalLM\): \w+: .+; run again, or use", said)
+    assert "\n" not in said
 
 
 def test_the_folder_s_name_says_model_and_precision() -> None:
