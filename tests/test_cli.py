@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from persona_edge import __version__, cli
 from persona_edge.errors import InputError, ModelError
-from tests.program import RUN_CLI
+from tests.program import PATIENCE, RUN_CLI
 
 
 def run_with(monkeypatch: pytest.MonkeyPatch, command: click.Command, *arguments: str) -> tuple[int, str, str]:
@@ -147,7 +147,7 @@ def test_reader_that_closes_the_pipe_ends_it_quietly() -> None:
     process.stdout.close()
     assert process.stderr.read() == ""
     process.stderr.close()
-    assert process.wait(30) == 1
+    assert process.wait(PATIENCE) == 1
 
 
 def test_narrow_encoding_replaces_what_it_lacks() -> None:

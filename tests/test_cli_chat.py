@@ -11,7 +11,7 @@ import sys
 from click.testing import CliRunner
 
 from persona_edge import cli
-from tests.program import CONTROLS, RUN_CLI, answer_records, run_chat
+from tests.program import CONTROLS, PATIENCE, RUN_CLI, answer_records, run_chat, started
 
 # One question
 
@@ -118,16 +118,15 @@ def test_no_control_character_of_the_model_reaches_the_output(tiny_model: str) -
 
 def test_bytes_that_are_no_utf8_are_no_reason_to_fail(tiny_model: str) -> None:
     common = [*RUN_CLI, "chat", "--model", tiny_model, "--threads", "1", "--max-tokens", "5", "--json"]
-    done = subprocess.run(common, input=b"caf\xe9\n", capture_output=True, check=False, timeout=60)
+    done = subprocess.run(common, input=b"caf\xe9\n", capture_output=True, check=False, timeout=PATIENCE)
     assert (done.returncode, done.stderr) == (0, b"")
     assert json.loads(done.stdout)["question"] == "caf\ufffd"
-    done = subprocess.run([*common, "--message", b"caf\xe9"], capture_output=True, check=False, timeout=60)
+    done = subprocess.run([*common, "--message", b"caf\xe9"], capture_output=True, check=False, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
 
 
 def test_answers_come_while_the_pipe_stays_open(tiny_model: str) -> None:
-    common = [*RUN_CLI, "chat", "--model", tiny_model, "--threads", "1", "--max-tokens", "5", "--json"]
-    with subprocess.Popen(common, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with started("chat", "--model", tiny_model, "--threads", "1", "--max-tokens", "5", "--json") as process:
         assert process.stdin is not None
         assert process.stdout is not None
         for question in ("One", "Two"):
@@ -135,14 +134,11 @@ def test_answers_come_while_the_pipe_stays_open(tiny_model: str) -> None:
             process.stdin.flush()
             assert json.loads(process.stdout.readline())["question"] == question
         process.stdin.close()
-        assert process.wait(30) == 0
+        assert process.wait(PATIENCE) == 0
 
 
 def test_ctrl_c_in_a_pipe_ends_it_with_the_answer_so_far(tiny_model: str) -> None:
-    common = [*RUN_CLI, "chat", "--model", tiny_model, "--threads", "1", "--json"]
-    with subprocess.Popen(
-        common, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with started("chat", "--model", tiny_model, "--threads", "1", "--json") as process:
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stderr is not None
@@ -150,7 +146,7 @@ def test_ctrl_c_in_a_pipe_ends_it_with_the_answer_so_far(tiny_model: str) -> Non
         process.stdin.flush()
         assert process.stdout.readline()
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 130
+        assert process.wait(PATIENCE) == 130
         assert process.stderr.read() == "persona-edge: error: interrupted\n"
 
 
@@ -162,5 +158,5 @@ def test_chat_does_not_import_the_offline_half(tiny_model: str) -> None:
         "heavy = {'torch', 'transformers', 'gguf', 'safetensors'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr

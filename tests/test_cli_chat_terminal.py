@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from persona_edge.maskpack import write_pack
-from tests.program import RUN_CLI
+from tests.program import PATIENCE, RUN_CLI
 from tests.tiny_chat import personas_for
 
 
@@ -47,7 +47,7 @@ class Terminal:
         """What was printed and not yet taken, without escape sequences."""
         return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\r", "", self._received)[self._n_taken :]
 
-    def wait_for(self, pattern: str, seconds: float = 60) -> str:
+    def wait_for(self, pattern: str, seconds: float = PATIENCE) -> str:
         """The screen up to and with `pattern`, which is then taken off it."""
         deadline = time.monotonic() + seconds
         while not (match := re.search(pattern, self.screen)):
@@ -66,7 +66,7 @@ class Terminal:
 
     def ends(self) -> int:
         """The exit code, once the program has left."""
-        return self.process.wait(30)
+        return self.process.wait(PATIENCE)
 
     def close(self) -> None:
         self.process.kill()

@@ -20,7 +20,7 @@ from persona_edge import cli
 from persona_edge.maskpack import MaskPack, encode_pack, write_pack
 from persona_edge.masks import ModelIdentity, PersonaSet, Plane, Pole, SignSample, TensorShape
 from persona_edge.pack_description import describe, json_text, pack_lines
-from tests.program import RUN_CLI
+from tests.program import PATIENCE, RUN_CLI
 from tests.tiny_chat import personas_for, write_model
 
 REPORT: dict[str, Any] = {
@@ -150,7 +150,7 @@ def test_failures_are_one_line(pack_path: str, tmp_path: Path) -> None:
 def test_a_narrow_encoding_gets_ascii(pack_path: str) -> None:
     code = [*RUN_CLI, "inspect", pack_path]
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "COLUMNS": "80"}
-    done = subprocess.run(code, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(code, env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert done.stdout.isascii()
     assert "40% -> 75%" in done.stdout

@@ -14,6 +14,7 @@ import pytest
 
 from persona_edge.errors import GenerationError
 from persona_edge.runtime.session import PersonaRuntime
+from tests.program import PATIENCE
 from tests.real_chat import GREEDY, QUESTION, STORY
 
 pytestmark = pytest.mark.model
@@ -76,7 +77,7 @@ def test_switching_from_another_thread_waits_for_the_token_and_not_for_the_text(
     under_way, stop = threading.Event(), threading.Event()
 
     def switch_around() -> None:
-        under_way.wait(30)
+        under_way.wait(PATIENCE)
         for name in ("Aye", "Bee", "Both"):
             runtime.switch(name)
             seen_by_switcher.append(n_pieces)
@@ -89,7 +90,7 @@ def test_switching_from_another_thread_waits_for_the_token_and_not_for_the_text(
         n_pieces += 1
         under_way.set()
     n_at_end = n_pieces
-    thread.join(30)
+    thread.join(PATIENCE)
     assert stop.is_set()
     assert seen_by_switcher[0] < n_at_end, "the first switch waited for the whole text"
     assert runtime.weights_digest() == before
@@ -107,7 +108,7 @@ def test_generating_in_two_threads_at_once(runtime: PersonaRuntime, cold_text: s
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(PATIENCE)
     assert sorted(text.startswith(tuple(alone)) for text in texts) == [True, True]
     assert runtime.generate(STORY, GREEDY).text == cold_text
 

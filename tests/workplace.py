@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.program import PROGRAM
+from tests.program import LISTEN_TO_CTRL_C, PROGRAM
 
 CONTRASTS = """\
 {"axis": "tidiness", "positive": "tidy", "negative": "messy"}
@@ -40,11 +40,6 @@ def announced(collect):
 calibration.CalibrationSettings = small
 calibration.collect_damage = announced(calibration.collect_damage)
 calibration.collect_margins = announced(calibration.collect_margins)
-"""
-# Tests that a shell runs in the background, and so their children, would ignore Ctrl-C.
-LISTEN_TO_CTRL_C = """
-import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)
 """
 NO_ROOM = """
 import resource
