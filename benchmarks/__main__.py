@@ -10,13 +10,11 @@ from typing import Any
 
 import click
 
-from benchmarks import decode, effect, record, roofline, switching
+from benchmarks import decode, record, roofline, switching
 from persona_edge.catalogue import DEFAULT_MODEL, resolve_model
-from persona_edge.errors import InputError, PersonaEdgeError
+from persona_edge.errors import PersonaEdgeError
 from persona_edge.find_packs import find_pack, open_pack
 from persona_edge.maskpack import MaskPack
-
-_EFFECT_PERSONA = "power_train"
 
 
 @dataclass(frozen=True)
@@ -25,15 +23,11 @@ class Settings:
 
     model: str
     pack: Path | None
-    data: Path | None
     threads: int
     rounds: int
     prompt_rounds: int
     repeats: int
     tokens: int
-    questions: int
-    windows: int
-    chats: int
     positions: int
     parity_models: tuple[str, ...]
     runtime_models: tuple[str, ...]
@@ -74,20 +68,6 @@ def _decode(settings: Settings) -> record.Result:
         settings.pack_with("INFP"),
         n_repeats=settings.repeats,
         n_tokens=settings.tokens,
-        n_threads=settings.threads,
-    )
-
-
-def _effect(settings: Settings) -> record.Result:
-    if settings.data is None:
-        raise InputError("effect needs the evaluation data; set PERSONA_EDGE_DATA to its folder, or pass --data")
-    return effect.measure(
-        settings.gguf,
-        settings.pack_with(*(() if settings.pack else (_EFFECT_PERSONA,))),
-        settings.data,
-        n_questions=settings.questions,
-        n_windows=settings.windows,
-        n_chats=settings.chats,
         n_threads=settings.threads,
     )
 
@@ -153,7 +133,6 @@ BENCHMARKS: Mapping[str, Callable[[Settings], record.Result]] = {
     "decode": _decode,
     "parity": _parity,
     "size": _size,
-    "effect": _effect,
     "runtime": _runtime,
     "onnx": _onnx,
     "export": _export,
@@ -170,15 +149,11 @@ _TWO = click.IntRange(min=2)  # fewer have no spread, or no time between them
 @click.option("--write", is_flag=True, help="Store the results in docs/results as well.")
 @click.option("--model", default=DEFAULT_MODEL, show_default=True, help="A catalogue name, or a path to a GGUF file.")
 @click.option("--pack", type=click.Path(path_type=Path), help="The mask pack.  [default: the newest beside the model]")
-@click.option("--data", type=click.Path(path_type=Path), envvar="PERSONA_EDGE_DATA", help="Folder of evaluation data.")
 @click.option("--threads", default=2, show_default=True, type=_COUNT, help="CPU threads.")
 @click.option("--rounds", default=200, show_default=True, type=_COUNT, help="switching: rounds of weight switches.")
 @click.option("--prompt-rounds", default=5, show_default=True, type=_COUNT, help="switching: prompts, and reloads.")
 @click.option("--repeats", default=12, show_default=True, type=_COUNT, help="decode: rounds.")
 @click.option("--tokens", default=64, show_default=True, type=_TWO, help="decode: tokens per run.")
-@click.option("--questions", default=100, show_default=True, type=_COUNT, help="effect: unseen questions.")
-@click.option("--windows", default=40, show_default=True, type=_TWO, help="effect: windows of WikiText-2.")
-@click.option("--chats", default=40, show_default=True, type=_TWO, help="effect: neutral chat prompts.")
 @click.option("--positions", default=512, show_default=True, type=_COUNT, help="parity: tokens compared.")
 @click.option(
     "--parity-model", "parity_models", multiple=True, default=_PARITY_MODELS, show_default=True, help="May be repeated."
@@ -201,7 +176,8 @@ def main(
     models: str,
     **options: Any,
 ) -> None:
-    """Run the benchmarks called NAME, or all: switching, roofline, decode, parity, size, effect, runtime, onnx, export.
+    """Run the benchmarks called NAME, or all: switching, roofline, decode, parity, size, runtime, onnx, export,
+    memory.
 
     When all are run, one that lacks its pack, model or data is passed over with a line that says what it needs.
     """

@@ -94,6 +94,14 @@ def test_the_budget_adds_up_by_kind_and_by_block() -> None:
     assert budget_shares(personas(pole))[0].of_damage is None
 
 
+def test_blocks_come_in_order_of_depth() -> None:
+    names = [f"blk.{block}.attn_q.weight" for block in (0, 10, 2)]  # as they are sorted by name in a pack
+    identity = ModelIdentity("llama", tuple(TensorShape(name, 4, 64) for name in names), {})
+    pole = Pole("E", "EI", (Plane(0.0, {names[1]: np.array([3], np.uint32)}),))
+    shares = budget_shares(PersonaSet(identity, (pole,), {"E": ("E",)}))
+    assert [(share.part, share.of_units) for share in shares[1:]] == [("block 0", 0), ("block 2", 0), ("block 10", 1)]
+
+
 def test_a_pack_is_analysed_without_a_model(tmp_path: Path) -> None:
     made = personas_for(write_model(tmp_path / "tiny.gguf"))
     write_pack(tmp_path / "tiny.maskpack", made)

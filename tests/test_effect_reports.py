@@ -80,7 +80,7 @@ def record() -> Record:
         arm("contrastive-fisher", "E", 20, 0.1, "runtime"),
         ArmRecord("pytorch", "lora-sft", "E", error="peft is not installed"),
     )
-    settings: dict[str, object] = {"items per task, at most": 20}
+    settings: dict[str, object] = {"items per task, at most": 20, "pack": None, "sets": {"EI": "own, SHA-256 f1"}}
     return Record("tiny_model", "f00", (EI,), arms, settings, conditions(["persona-edge", "eval"]), ("no data",))
 
 
@@ -270,6 +270,8 @@ def test_markdown_tables_have_as_many_cells_as_headers(record: Record) -> None:
         n_cells = found
     assert "![Effect against side effect](effect.svg)" in page
     assert "\\<script\\>" in page
+    assert "- sets: own, SHA-256 f1" in page
+    assert "- pack:" not in page
     assert "<script>" not in page
     assert "| contrastive-fisher | 90.0 [" in page
 

@@ -230,12 +230,12 @@ def _pole_budget(personas: PersonaSet, pole: Pole, damage: Damage | None) -> lis
     gated, costs = _per_tensor(tensors, pole, damage)
     total, total_cost = sum(gated.values()), sum(costs.values())
     kinds: dict[str, list[TensorShape]] = {}
-    blocks: dict[str, list[TensorShape]] = {}
+    blocks: dict[int, list[TensorShape]] = {}
     for tensor in tensors:
         match = _BLOCK.match(tensor.name)
         kinds.setdefault(match[2] if match else tensor.name, []).append(tensor)
         if match:
-            blocks.setdefault(f"block {match[1]}", []).append(tensor)
+            blocks.setdefault(int(match[1]), []).append(tensor)
 
     def share(part: str, of: Sequence[TensorShape]) -> BudgetShare:
         n = sum(gated[t.name] for t in of)
@@ -243,7 +243,8 @@ def _pole_budget(personas: PersonaSet, pole: Pole, damage: Damage | None) -> lis
         n_weights = sum(t.n_rows * t.n_columns for t in of)
         return BudgetShare(pole.name, part, n / n_weights, n / (total or 1), cost)
 
-    return [share(part, of) for part, of in [*kinds.items(), *blocks.items()]]
+    in_order = ((f"block {block}", blocks[block]) for block in sorted(blocks))  # a pack's tensors come by name
+    return [share(part, of) for part, of in [*kinds.items(), *in_order]]
 
 
 def _per_tensor(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -63,9 +63,13 @@ def sections_of(record: Record) -> tuple[Section, ...]:
 def notes_of(record: Record) -> tuple[Notes, ...]:
     """What it was measured with, and what is missing."""
     return (
-        Notes("Settings", tuple(f"{name}: {value}" for name, value in record.settings.items())),
+        Notes("Settings", tuple(_setting(name, value) for name, value in record.settings.items() if value is not None)),
         Notes("Left out, and what went wrong", tuple(problems(record))),
     )
+
+
+def _setting(name: str, value: object) -> str:
+    return f"{name}: {', '.join(str(each) for each in value.values()) if isinstance(value, Mapping) else value}"
 
 
 def _section(title: str, tables: Iterable[Table]) -> Section:
