@@ -138,6 +138,7 @@ BENCHMARKS: Mapping[str, Callable[[Settings], record.Result]] = {
     "export": _export,
     "memory": _memory,
 }
+_FILES = {"memory": "calibration-memory"}  # what results are called that have another name than their benchmark
 _CONTRASTS, _QUICK_CONTRASTS = 32, 4
 _PARITY_MODELS = (DEFAULT_MODEL, "qwen2.5-0.5b", "gemma3-270m")
 _COUNT = click.IntRange(min=1)
@@ -197,7 +198,7 @@ def _run(name: str, settings: Settings, write: bool) -> None:
     result = BENCHMARKS[name](settings)
     click.echo(record.markdown(result, measured))
     if write:
-        for path in record.write(name, result, measured):
+        for path in record.write(_FILES.get(name, name), result, measured):
             click.echo(f"wrote {path}", err=True)
 
 

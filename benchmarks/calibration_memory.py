@@ -24,7 +24,7 @@ from benchmarks.record import Result, Table
 from benchmarks.synthetic_models import SHAPES, Shape, make_model
 from persona_edge.errors import GenerationError
 
-__all__ = ["Plan", "Run", "measure", "slopes"]
+__all__ = ["Plan", "Run", "measure", "report", "slopes"]
 
 GIB = 1 << 30
 _EXPORT_TOKENS, _EXPORT_HELD_OUT = 1024, 28 * 127  # of a batch; of the neutral texts held out, at most
@@ -54,8 +54,8 @@ class Run:
 
     def beyond(self, phase: str) -> int:
         """Bytes at a phase's peak that neither the arithmetic nor what was there before accounts for."""
-        expected = {found.name: found.at(self.job.shape.n_layers) for found in phases(self.job)}
-        return self.peaks[phase] - self.before - expected[phase]
+        n, found = self.job.shape.n_layers, {found.name: found for found in phases(self.job)}[phase]
+        return self.peaks[phase] - self.before - found.at(n) - found.mapped - n * found.mapped_per_block
 
 
 def measure(shape: Shape = SHAPES["8b"], plan: Plan = Plan()) -> Result:
@@ -65,6 +65,11 @@ def measure(shape: Shape = SHAPES["8b"], plan: Plan = Plan()) -> Result:
         for job in _jobs(shape, plan):
             print(f"memory: {_label(job)}", file=sys.stderr, flush=True)
             runs.append(_run(job, Path(folder)))
+    return report(shape, plan, runs)
+
+
+def report(shape: Shape, plan: Plan, runs: Sequence[Run]) -> Result:
+    """Tables and values of the plan's runs on `shape`."""
     fitted = [run for run in runs if run.job.shape.n_vocab == plan.n_vocab]
     whole = [Job(shape, _EXPORT_TOKENS, streams, _EXPORT_HELD_OUT) for streams in (False, True)]
     beyond = max(run.before + run.beyond(phase) for run in runs for phase in PHASES)
@@ -130,7 +135,8 @@ def _measured(runs: Sequence[Run]) -> Table:
 def _slopes(runs: Sequence[Run]) -> Table:
     rows = []
     for streams in (False, True):
-        expected = {p.name: p.per_block for run in runs if run.job.is_streaming == streams for p in phases(run.job)}
+        job = next(run.job for run in runs if run.job.is_streaming == streams)
+        expected = {p.name: p.per_block + p.mapped_per_block for p in phases(job)}
         found = slopes(runs, streams)
         for phase in PHASES:
             cells = (
@@ -150,7 +156,8 @@ def _estimate(whole: Sequence[Job], runs: Sequence[Run], beyond: int) -> Table:
     found = slopes(runs, True)
     rows = []
     for alone, here, small in zip(plain, streamed, phases(few), strict=True):
-        fitted = here.at(n_layers) + beyond + n_layers * (found[here.name] - small.per_block)
+        more = found[here.name] - small.per_block - small.mapped_per_block
+        fitted = here.at(n_layers) + beyond + n_layers * more
         cells = (alone.at(n_layers) + beyond, here.at(n_layers) + beyond, fitted)
         rows.append((here.name, *(f"{cell / GIB:.1f}" for cell in cells)))
     rows.append(("a GPU that blocks are streamed to", "", f"{whole[1].device_peak / GIB:.1f}", ""))
@@ -171,7 +178,12 @@ def _notes(job: Job, beyond: int) -> tuple[str, ...]:
     )
     return (
         f"Of the streamed column: {'; '.join(f'{name} {n_bytes / 1e9:.2f} GB' for name, n_bytes in parts)}.",
-        "Peaks hold pages of the GGUF file that were read last, too, which the system takes back when it needs them. "
+        "While the model is loaded, what is resident holds pages of the GGUF file too. The system takes them back when "
+        "it needs them, so the whole model's estimate leaves them out. Loading ends with the largest tensors, which "
+        f"transformers unpacks with {job.loading_moment / 1e9:.1f} GB beside the blocks.",
+        "That, and the copy of the output matrix that a CPU multiplies with, are not our code: their bytes per weight "
+        "were found by these measurements. Everything else is counted from the code. A CPU without bfloat16 needs --dtype "
+        "bfloat16: in float32 the weights alone are twice as large.",
         "The GPU's line is arithmetic alone: embeddings, norm, output matrix, every block's input, one block with its "
         "activations, and the logits; statistics lie in main memory.",
     )

@@ -17,6 +17,7 @@ __all__ = ["PHASES", "Job", "Phase", "phases"]
 HALF, SINGLE = 2, 4  # bytes of bfloat16 and float32
 # Bytes per weight while transformers 5.23 unpacks one tensor of Q6_K or Q4_K: measured, as it is not our code.
 _UNPACKING_Q6, _UNPACKING_Q4 = 13, 7
+_Q6, _Q4 = 210 / 256, 144 / 256  # bytes of a weight in the file
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,15 @@ class Job:
 
     @property
     def loading_moment(self) -> int:
-        """Bytes while the file is read, which ends with the matrices around the blocks, beside the blocks' weights."""
+        """Bytes while the file is read, which ends with the matrices around the blocks, beside the blocks' weights.
+
+        The output matrix is unpacked while the embedding's bytes are read ahead, then the embedding beside it.
+        """
         outer = self.shape.n_vocab * self.shape.hidden
-        last = outer * (_UNPACKING_Q6 if self.shape.is_tied else HALF + _UNPACKING_Q4)
-        return max(last, _UNPACKING_Q6 * self.largest, 0 if self.shape.is_tied else _UNPACKING_Q6 * outer)
+        largest = _UNPACKING_Q6 * self.largest
+        if self.shape.is_tied:
+            return max(largest, int(outer * (_UNPACKING_Q6 + _Q6)))
+        return max(largest, int(outer * (_UNPACKING_Q6 + _Q6 + _Q4)), int(outer * (HALF + _UNPACKING_Q4 + _Q4)))
 
     @property
     def fisher_moment(self) -> int:
@@ -100,6 +106,11 @@ class Job:
     def logits_moment(self) -> int:
         """Bytes while labels are sampled: logits as they come, as they are scored, their softmax, random numbers."""
         return (2 * HALF + 2 * SINGLE) * self.n_tokens * self.shape.n_vocab
+
+    @property
+    def output_moment(self) -> int:
+        """Bytes while a CPU multiplies by the output matrix: a copy laid out for its kernel, and logits twice."""
+        return HALF * self.shape.n_vocab * (self.shape.hidden + 2 * self.n_tokens)
 
     @property
     def base_predictions(self) -> int:
@@ -128,11 +139,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Phase:
-    """Bytes that grow with each block, and bytes that do not, at a phase's largest moment."""
+    """Bytes that grow with each block, and bytes that do not, at a phase's largest moment.
+
+    `mapped` are pages of the file: resident, but taken back by the system when it needs them, and not in `at`.
+    """
 
     name: str
     per_block: int
     fixed: int
+    mapped_per_block: int = 0
+    mapped: int = 0
 
     def at(self, n_layers: int) -> int:
         """Bytes with that many blocks."""
@@ -149,11 +165,13 @@ def phases(job: Job) -> tuple[Phase, ...]:
     """
     weights, outer, field, channels = job.block_weights, job.outer_weights, job.field, job.channels
     activations, predictions = job.block_activations, job.base_predictions
-    fisher = outer + max(job.logits_moment, job.fisher_moment)
-    gradient = outer + predictions + max(job.logits_moment // 2, job.gradient_moment)  # a copy, and their gradient
+    fisher = outer + max(job.logits_moment, job.fisher_moment, job.output_moment)
+    gradient = outer + predictions + max(job.gradient_moment, job.output_moment)
+    matrix = job.shape.n_vocab * job.shape.hidden
+    mapped = int(matrix * (_Q6 if job.shape.is_tied else _Q6 + _Q4))
     mask = 4 * field + field // 4  # damage of both texts, margins, keys, and a byte per group
     return (
-        Phase(PHASES[0], weights, max(outer, job.loading_moment)),
+        Phase(PHASES[0], weights, max(outer, job.loading_moment), int(job.linear * _Q4), mapped),
         Phase(PHASES[1], weights + field + channels + max(activations, field + channels), fisher),
         Phase(PHASES[2], weights + 4 * field + 2 * channels, outer + 3 * SINGLE * job.largest),
         Phase(PHASES[3], weights + 2 * field + max(activations, field), gradient),
