@@ -182,8 +182,8 @@ def _notes(job: Job, beyond: int) -> tuple[str, ...]:
         "it needs them, so the whole model's estimate leaves them out. Loading ends with the largest tensors, which "
         f"transformers unpacks with {job.loading_moment / 1e9:.1f} GB beside the blocks.",
         "That, and the copy of the output matrix that a CPU multiplies with, are not our code: their bytes per weight "
-        "were found by these measurements. Everything else is counted from the code. A CPU without bfloat16 needs --dtype "
-        "bfloat16: in float32 the weights alone are twice as large.",
+        "were found by these measurements. Everything else is counted from the code. A CPU without bfloat16 needs "
+        "--dtype bfloat16: in float32 the weights alone are twice as large.",
         "The GPU's line is arithmetic alone: embeddings, norm, output matrix, every block's input, one block with its "
         "activations, and the logits; statistics lie in main memory.",
     )
