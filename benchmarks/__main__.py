@@ -198,8 +198,14 @@ def _run(name: str, settings: Settings, write: bool) -> None:
     result = BENCHMARKS[name](settings)
     click.echo(record.markdown(result, measured))
     if write:
-        for path in record.write(_FILES.get(name, name), result, measured):
+        for path in record.write(_file_name(name, settings.model), result, measured):
             click.echo(f"wrote {path}", err=True)
+
+
+def _file_name(name: str, model: str) -> str:
+    """Results of another model than the usual one have its name, and take no file's place."""
+    name = _FILES.get(name, name)
+    return name if model == DEFAULT_MODEL else f"{name}-{Path(model).name.removesuffix('.gguf')}"
 
 
 if __name__ == "__main__":
