@@ -32,7 +32,7 @@ Bytes = NDArray[np.uint8]
 Gates = NDArray[np.float32]
 Positions = NDArray[np.uint32]
 Sets = NDArray[np.uint64]
-_UNITS_PER_THREAD = 1 << 15
+_UNITS_PER_THREAD = 65_536
 TensorSet = Any  # what `tensors` gave; only the kernels that made it can read it
 
 

@@ -122,7 +122,9 @@ class Composition:
 class CompositionCache:
     """The compositions used last, as many as fit into a number of bytes: 6 for each unit. Not safe in several threads.
 
-    What does not fit is composed again when it is asked for. One that is larger than all the room is kept alone.
+    What does not fit is composed again when it is asked for. One that is larger than all the room is kept alone. Each
+    keeps the program it gave last, so that a persona that returns at the same strength is the same object: whoever
+    writes programs has checked that one already.
     """
 
     def __init__(self, poles_of: Callable[[str], Sequence[Pole]], max_bytes: int = 48 << 20) -> None:
@@ -130,6 +132,7 @@ class CompositionCache:
         self._poles_of = poles_of
         self._max_bytes = max_bytes
         self._held: OrderedDict[str, Composition] = OrderedDict()
+        self._latest: dict[str, PersonaProgram] = {}
 
     @property
     def n_bytes(self) -> int:
@@ -142,8 +145,12 @@ class CompositionCache:
             self._held[name] = compose(self._poles_of(name))
         self._held.move_to_end(name)
         while len(self._held) > 1 and self.n_bytes > self._max_bytes:
-            self._held.popitem(last=False)
-        return self._held[name].at(strength)
+            dropped, _ = self._held.popitem(last=False)
+            self._latest.pop(dropped, None)
+        latest = self._latest.get(name)
+        if latest is None or latest.strength != strength:
+            latest = self._latest[name] = self._held[name].at(strength)
+        return latest
 
 
 def compile_program(poles: Sequence[Pole], strength: float = 1.0) -> PersonaProgram:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -119,6 +121,24 @@ def test_the_cache_keeps_what_fits_and_strengths_share_arrays() -> None:
     cache.program("b", 1.0)
     assert asked == ["a", "b", "c", "b"]
     assert cache.n_bytes == 1200
+
+
+def test_a_persona_that_returns_is_the_same_program_and_need_not_be_checked_again() -> None:
+    cache = CompositionCache(lambda name: [pole(0.0, {"Q4_K": range(100) if name == "a" else range(50)})])
+    first = cache.program("a", 1.0)
+    cache.program("b", 1.0)
+    assert cache.program("a", 1.0) is first
+    half = cache.program("a", 0.5)
+    assert (half.strength, first.strength) == (0.5, 1.0)
+    assert cache.program("a", 0.5) is half
+
+
+def test_a_program_goes_with_its_composition() -> None:
+    cache = CompositionCache(lambda _: [pole(0.0, {"Q4_K": range(100)})], max_bytes=10)
+    gone = weakref.ref(cache.program("a", 1.0))
+    cache.program("b", 1.0)
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_composition_larger_than_the_cache_is_kept_alone() -> None:
