@@ -18,6 +18,7 @@ from persona_edge.errors import PersonaEdgeError
 
 if TYPE_CHECKING:
     from persona_edge.masks import PersonaSet
+    from persona_edge.modeling import TorchModel
     from persona_edge.runtime.session import PersonaRuntime
     from tests.workplace import Exported, Workplace
 
@@ -57,6 +58,14 @@ def data_folder() -> Path:
     if not folder.is_dir():
         pytest.skip(f"PERSONA_EDGE_DATA={named} is not a folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2_torch(smollm2_path: Path) -> TorchModel:
+    """SmolLM2 in PyTorch, float32 on the CPU. Loading takes many seconds, so all tests share it: leave it as it was."""
+    from persona_edge.modeling import load_torch_model
+
+    return load_torch_model(smollm2_path, name="smollm2", device="cpu", dtype="float32")
 
 
 # A session on the real 135M model, opened once for all tests of it (test_session_*.py)
@@ -130,13 +139,10 @@ def tiny_model(tiny_folder: Path) -> str:
 @pytest.fixture(scope="session")
 def place(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     """The folder as it is at first; any test may have exported the pack since."""
-    from tests.workplace import CONTRASTS, Workplace
+    from tests.workplace import Workplace
 
-    folder, cache = tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("cache")
-    model, contrasts, pack = (folder / n for n in ("smollm2.gguf", "tidiness.jsonl", "smollm2.tidiness.maskpack"))
-    place = Workplace(folder, model, contrasts, pack, cache)
+    place = Workplace.around("smollm2", tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("cache"))
     place.model.symlink_to(smollm2_path)
-    place.contrasts.write_text(CONTRASTS, encoding="utf-8")
     return place
 
 

@@ -15,7 +15,7 @@ from persona_edge.effect.runtime_engine import RuntimeEngine
 from persona_edge.effect.torch_engine import TorchEngine
 from persona_edge.encoding import EncodedText
 from persona_edge.errors import GenerationError, InputError, ModelMismatchError
-from persona_edge.modeling import TorchModel, load_torch_model
+from persona_edge.modeling import TorchModel
 from persona_edge.runtime import llama_backend
 from persona_edge.runtime.persona_session import PersonaSession
 from tests import tiny_chat
@@ -237,8 +237,8 @@ def test_the_runtime_answers_greedily(runtime_engine: RuntimeEngine) -> None:
 
 
 @pytest.mark.model
-def test_both_engines_agree_on_the_real_model(smollm2_path: Path) -> None:
-    torch_side = TorchEngine(load_torch_model(smollm2_path, name="smollm2", device="cpu", dtype="float32"))
+def test_both_engines_agree_on_the_real_model(smollm2_path: Path, smollm2_torch: TorchModel) -> None:
+    torch_side = TorchEngine(smollm2_torch)
     with RuntimeEngine.open(smollm2_path, n_ctx=256, n_threads=1) as runtime_side:
         assert runtime_side.chat_tokens(CONVERSATION) == torch_side.chat_tokens(CONVERSATION)
         assert runtime_side.text_tokens(" naïve — yes") == torch_side.text_tokens(" naïve — yes")

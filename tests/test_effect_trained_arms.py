@@ -20,7 +20,7 @@ from persona_edge.effect.lora_training import DPO, SFT, LoraSettings, TrainedAda
 from persona_edge.effect.torch_engine import TorchEngine
 from persona_edge.encoding import encode_contrast
 from persona_edge.evaluation import margins
-from persona_edge.modeling import TorchModel, load_torch_model
+from persona_edge.modeling import TorchModel
 from persona_edge.persona_sets import load_persona_set
 from tests.arm_checks import scores, snapshot
 from tests.tiny_models import (
@@ -155,10 +155,9 @@ def assert_same_tensors(a: TrainedAdapter, b: TrainedAdapter) -> None:
 
 
 @pytest.mark.model
-def test_on_the_real_model_a_control_vector_moves_unseen_contrasts(smollm2_path: Path) -> None:
-    model = load_torch_model(smollm2_path, name="smollm2", device="cpu")
+def test_on_the_real_model_a_control_vector_moves_unseen_contrasts(smollm2_torch: TorchModel) -> None:
     calibration, held_out = load_persona_set("mbti-ei").sets[0].split()
-    vector = find_control_vector(model, calibration.limit(12))
-    levels = [margin_under(model, held_out.limit(6), vector, coefficient) for coefficient in (-0.5, 0.0, 0.5)]
+    vector = find_control_vector(smollm2_torch, calibration.limit(12))
+    levels = [margin_under(smollm2_torch, held_out.limit(6), vector, coefficient) for coefficient in (-0.5, 0.0, 0.5)]
     assert levels == sorted(levels)
     assert levels[2] - levels[0] > 0.02

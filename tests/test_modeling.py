@@ -220,8 +220,8 @@ def test_device_and_dtype_are_those_asked_for() -> None:
 
 
 @pytest.mark.model
-def test_the_real_model_has_exactly_the_files_weights(smollm2_path: Path) -> None:
-    model = load(smollm2_path)
+def test_the_real_model_has_exactly_the_files_weights(smollm2_path: Path, smollm2_torch: TorchModel) -> None:
+    model = smollm2_torch
     assert len(model.layers) == 7 * model.n_blocks == 210
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(smollm2_path).tensors}
     for layer in model.layers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from persona_edge.exporters.to_onnx import write_onnx_model
 from persona_edge.masked_model import masked
 from persona_edge.maskpack import MaskPack, encode_pack
 from persona_edge.masks import Plane
-from persona_edge.modeling import TorchModel, load_torch_model
+from persona_edge.modeling import TorchModel
 from persona_edge.onnx_model import OnnxModel, output_matrix
 from persona_edge.onnx_weights import dequantize_matrix, dequantize_weight
 from persona_edge.runtime.onnx_session import OnnxRuntime
@@ -31,11 +32,11 @@ TEXT = (
 
 
 def test_masked_agrees_with_pytorch_as_closely_as_unmasked(
-    smollm2_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    smollm2_path: Path, smollm2_torch: TorchModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PERSONA_EDGE_CACHE", str(tmp_path / "cache"))
     onnx_model = write_onnx_model(smollm2_path, tmp_path / "smollm2.onnx-int4")
-    model = load_torch_model(smollm2_path, name="smollm2", device="cpu", dtype="float32")
+    model = deepcopy(smollm2_torch)  # it gets other weights
     personas = personas_of(model, share=0.005)
     check_gguf(smollm2_path, personas)  # one pack for both
     with OnnxRuntime.open(onnx_model.path, MaskPack.from_bytes(encode_pack(personas)[0]), n_ctx=256) as runtime:

@@ -51,8 +51,7 @@ class Loaded:
     pack: Path
 
     @classmethod
-    def load(cls, gguf: Path, folder: Path) -> Loaded:
-        model = load_torch_model(gguf, name=gguf.stem, device="cpu", dtype="float32")
+    def with_pack(cls, model: TorchModel, gguf: Path, folder: Path) -> Loaded:
         pack = folder / "random.maskpack"
         write_pack(pack, random_personas(model))
         return cls(model, gguf, pack)
@@ -72,8 +71,13 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def smollm2(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
-    return Loaded.load(smollm2_path, tmp_path_factory.mktemp("smollm2"))
+def smollm2(smollm2_path: Path, smollm2_torch: TorchModel, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    return Loaded.with_pack(smollm2_torch, smollm2_path, tmp_path_factory.mktemp("smollm2"))
+
+
+def load(gguf: Path, folder: Path) -> Loaded:
+    model = load_torch_model(gguf, name=gguf.stem, device="cpu", dtype="float32")
+    return Loaded.with_pack(model, gguf, folder)
 
 
 def check_parity(found: ModelParity) -> None:
@@ -154,7 +158,7 @@ def test_rounding_of_activations_is_undone(smollm2: Loaded) -> None:
 
 @pytest.mark.big
 def test_qwen(qwen_path: Path, tmp_path: Path) -> None:
-    loaded = Loaded.load(qwen_path, tmp_path)
+    loaded = load(qwen_path, tmp_path)
     check_kernels_agree(loaded.gguf, loaded.pack)
     found = loaded.measure()
     assert found.formats == ("Q4_K", "Q5_0", "Q6_K", "Q8_0")
@@ -163,7 +167,7 @@ def test_qwen(qwen_path: Path, tmp_path: Path) -> None:
 
 @pytest.mark.big
 def test_gemma(gemma_path: Path, tmp_path: Path) -> None:
-    loaded = Loaded.load(gemma_path, tmp_path)
+    loaded = load(gemma_path, tmp_path)
     check_kernels_agree(loaded.gguf, loaded.pack)
     found = loaded.measure()
     assert {"Q4_K", "Q6_K"} <= set(found.formats)

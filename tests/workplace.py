@@ -65,6 +65,13 @@ class Workplace:
     pack: Path
     cache: Path
 
+    @classmethod
+    def around(cls, name: str, folder: Path, cache: Path) -> Workplace:
+        """The contrasts in `folder`, where the model `<name>.gguf` is still to come."""
+        contrasts = folder / "tidiness.jsonl"
+        contrasts.write_text(CONTRASTS, encoding="utf-8")
+        return cls(folder, folder / f"{name}.gguf", contrasts, folder / f"{name}.tidiness.maskpack", cache)
+
     def command(self, *arguments: str | Path, prelude: str = "") -> list[str]:
         """The program with `arguments`; the Python code `prelude` runs before it."""
         return [sys.executable, "-c", prelude + PROGRAM, *map(str, arguments)]
