@@ -106,7 +106,7 @@ def test_units_that_are_gated_already_stay_out(model: TorchModel) -> None:
     assert n_overlapping(first[0].positions, second[0].positions) == 0
 
 
-def fisher_inputs(model: TorchModel) -> tuple[Statistics, dict[str, Floats]]:
+def fisher_inputs(model: TorchModel) -> tuple[Statistics, Mapping[str, Floats]]:
     statistics = DamageStatistics(damage_statistics(model, 1), damage_statistics(model, 2))
     return margin_statistics(model), tensor_damages(model, NAMES, statistics).weighted(1, 1)
 
