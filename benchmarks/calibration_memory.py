@@ -59,7 +59,7 @@ class Run:
 
 
 def measure(shape: Shape = SHAPES["8b"], plan: Plan = Plan()) -> Result:
-    """Run the plan on `shape`; GenerationError when a process fails. Needs 8 GB of memory and 3 GB of disk for 8B."""
+    """Run the plan on `shape`; GenerationError when a process fails. Needs 10 GB of memory and 3 GB of disk for 8B."""
     runs: list[Run] = []
     with tempfile.TemporaryDirectory() as folder:
         for job in _jobs(shape, plan):
