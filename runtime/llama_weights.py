@@ -12,6 +12,7 @@ import hashlib
 import os
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from persona_edge.errors import ModelError, ModelFileError, UnsupportedModelError, WeightAccessError
 from persona_edge.gguf_magic import check_is_gguf
+from persona_edge.runtime.huge_pages import huge_pages
 from persona_edge.runtime.llama_device import REPACKED, DeviceTensor, check_device, file_copy
 from persona_edge.runtime.llama_files import ModelPart, damaged, read_parts
 from persona_edge.runtime.llama_library import GgmlTensor, LlamaLibrary, load_library
@@ -104,7 +106,8 @@ class LlamaModel:
 
     def _load(self) -> None:
         params = _editable_params(self.library.api, self.placement, n_gpu_layers=self.n_gpu_layers)
-        self._handle = _load(self.library, self.path, params)
+        with huge_pages(params) if self.placement.kind == "heap" else nullcontext():
+            self._handle = _load(self.library, self.path, params)
         self._finalizer = weakref.finalize(self, self.library.api.llama_model_free, self._handle)
 
     def _make_mapping_writable(self, *, or_use_heap: bool) -> None:
