@@ -28,6 +28,7 @@ from persona_edge.masked_model import masked
 from persona_edge.masks import Granularity, PersonaSet, Plane, Pole
 from persona_edge.persona_sets import PersonaSpec
 from persona_edge.pole_masks import Gates, Method, PlaneMaker, Side, fisher_planes, paper_planes, tensor_damages
+from persona_edge.separation import NO_OTHERS, Others
 from persona_edge.statistics import Statistics
 from persona_edge.tensor_filter import filter_tensors
 
@@ -41,7 +42,8 @@ class BuildSettings:
     Limits, per pole, on held-out neutral text: `max_perplexity_ratio` (masked / base) and `max_chat_kl` (nats per
     token). `budget` (nats per token) or `density` (share of units) fixes the amount instead of searching for it, and is
     spent in one step; the paper's methods need `density`. `n_steps` is how often benefits are measured, each time but
-    the first on `step_contrasts` contrasts and with the mask so far (growth.py).
+    the first on `step_contrasts` contrasts and with the mask so far (growth.py). `separate_axes` keeps a pole from
+    moving the axes that it is composed with (separation.py); a mask cut at a `density` does not.
     """
 
     method: Method = "contrastive-fisher"
@@ -57,6 +59,7 @@ class BuildSettings:
     layers: str | None = None
     n_steps: int = 3
     step_contrasts: int = 64
+    separate_axes: bool = True
     search_trials: int = 6
 
     def check(self) -> None:
@@ -124,19 +127,34 @@ class _Builder:
     def _axis(self, axis_set: CalibrationSet) -> list[tuple[Pole, dict[str, Any]]]:
         calibration, held_out = axis_set.split()
         base = self._margins(held_out, ())
+        others = self._others(axis_set)
         made = []
         sides: tuple[tuple[Side, str], ...] = (
             ("positive", axis_set.positive_pole),
             ("negative", axis_set.negative_pole),
         )
         for side, name in sides:
-            grown = self._grow(calibration, side, name)
+            grown = self._grow(calibration, side, name, others)
             effect = self._margins(held_out, grown.planes)
             pole = Pole(name, axis_set.axis, grown.planes)
             made.append((pole, self._pole_report(axis_set, side, grown=grown, base=base, effect=effect)))
         return made
 
-    def _grow(self, calibration: CalibrationSet, side: Side, name: str) -> Grown:
+    def _others(self, axis_set: CalibrationSet) -> Others:
+        """What closing each gate does to the axes that this one is composed with in some persona."""
+        if not self.settings.separate_axes or self.settings.method != "contrastive-fisher":
+            return NO_OTHERS
+        mine = {axis_set.positive_pole, axis_set.negative_pole}
+        partners = {pole for poles in self.spec.personas.values() if mine.intersection(poles) for pole in poles} - mine
+        return Others(
+            tuple(
+                self.calibrator.gate_benefits(other.split()[0])
+                for other in self.spec.sets
+                if partners.intersection((other.positive_pole, other.negative_pole))
+            )
+        )
+
+    def _grow(self, calibration: CalibrationSet, side: Side, name: str, others: Others) -> Grown:
         """The planes at the amount asked for, or as many as the limits allow.
 
         The axis's statistics are on the disk after the first pole. No name holds them here, so that a mask that grows
@@ -147,19 +165,22 @@ class _Builder:
         amount = settings.budget if settings.density is None else settings.density
         if amount is None:
             growth = self._growth
-            return growth.grow(calibration, margins(calibration), side, name)
-        planes = self._maker(margins(calibration), side)(amount)
+            return growth.grow(calibration, margins(calibration), side, name, others=others)
+        planes = self._maker(margins(calibration), side, others)(amount)
         return fixed(planes, amount, self._drift(planes))
 
-    def _maker(self, statistics: Statistics, side: Side) -> PlaneMaker:
+    def _maker(self, statistics: Statistics, side: Side, others: Others) -> PlaneMaker:
         settings = self.settings
         if settings.method != "contrastive-fisher":
             return paper_planes(
                 self.model, self.names, statistics, method=settings.method, side=side, gate=settings.suppress_gate
             )
         damage = self._growth.damages.weighted(1.0, self._limits.chat_weight)
-        ranked = fisher_planes(statistics, damage, side, self._gates, settings.granularity)
-        return ranked.take_density if settings.density is not None else ranked.take
+        if settings.budget is None:
+            return fisher_planes(statistics, damage, side, self._gates, settings.granularity).take_density
+        return fisher_planes(
+            statistics, damage, side, self._gates, settings.granularity, others=others, budget=settings.budget
+        ).take
 
     @cached_property
     def _growth(self) -> Growth:

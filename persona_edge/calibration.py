@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,9 +28,11 @@ from persona_edge.generate import answer
 from persona_edge.machine import release_freed_memory
 from persona_edge.masks import Granularity
 from persona_edge.modeling import LinearLayer, TorchModel
-from persona_edge.packed_pairs import contrast_batches
+from persona_edge.packed_pairs import ContrastPair, contrast_batches
+from persona_edge.per_tensor import PerTensor
 from persona_edge.persona_sets import neutral_prompts, neutral_texts
-from persona_edge.statistics import Statistics, load_statistics, save_statistics
+from persona_edge.scores import suppression_benefit
+from persona_edge.statistics import Statistics, load_statistics, save_statistics, stored_means
 
 __all__ = ["CalibrationSettings", "Calibrator", "DamageStatistics", "NeutralData", "Progress", "silent"]
 
@@ -80,6 +82,14 @@ class DamageStatistics:
     chat: Statistics
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where statistics are kept, and what they were computed from."""
+
+    path: Path
+    key: Mapping[str, object]
+
+
 class Calibrator:
     """Computes, or finds in the cache, the statistics of one model.
 
@@ -125,21 +135,25 @@ class Calibrator:
         On a masked model, `mask` says which mask is on (planes_digest), so that the cache knows; `focus` weighs the
         contrasts. `label` is what progress is told.
         """
-        pairs = [encode_contrast(self.model.tokenizer, c, i) for i, c in enumerate(calibration_set.contrasts)]
-        groups = contrast_batches(pairs, max_tokens=self.settings.max_batch_tokens)
+        groups = self._contrast_batches(calibration_set)
         granularity = self.settings.granularity
-        key: dict[str, object] = {
-            "what": "margins",
-            "set": calibration_set.content_hash(),
-            "granularity": granularity,
-        }
-        if focus is not None or mask:
-            key.update(mask=mask, focus=None if focus is None else asdict(focus))
 
         def one(i: int, onto: Statistics | None) -> Statistics:
             return collect_margins(self.model, self.layers, groups[i], granularity=granularity, focus=focus, onto=onto)
 
-        return self._sum(label or f"contrasts {calibration_set.axis}", "margin", key, [len(g) for g in groups], one)
+        place = self._margin_place(calibration_set, groups, focus, mask)
+        return self._sum(label or f"contrasts {calibration_set.axis}", place, [len(g) for g in groups], one)
+
+    def gate_benefits(self, calibration_set: CalibrationSet) -> PerTensor:
+        """What closing each gate does toward the positive pole, mean over contrasts, per tensor; measured if need be.
+
+        Read from the disk each time it is asked for: it is looked at beside another axis's (separation.py), and of an
+        8B model takes 0.9 GB.
+        """
+        self.margins(calibration_set)
+        place = self._margin_place(calibration_set, self._contrast_batches(calibration_set))
+        gradients = stored_means(place.path, place.key, "gate_gradient", "contrasts")
+        return PerTensor(gradients, lambda name: suppression_benefit(gradients[name]))
 
     def damage(self) -> DamageStatistics:
         """Damage statistics on the shipped neutral passages and on the model's answers to the neutral prompts."""
@@ -185,6 +199,22 @@ class Calibrator:
             write_json(path, key, value)
         return value
 
+    def _contrast_batches(self, calibration_set: CalibrationSet) -> list[list[ContrastPair]]:
+        pairs = [encode_contrast(self.model.tokenizer, c, i) for i, c in enumerate(calibration_set.contrasts)]
+        return contrast_batches(pairs, max_tokens=self.settings.max_batch_tokens)
+
+    def _margin_place(
+        self, calibration_set: CalibrationSet, groups: Sequence[Sized], focus: Focus | None = None, mask: str = ""
+    ) -> _Place:
+        what: dict[str, object] = {
+            "what": "margins",
+            "set": calibration_set.content_hash(),
+            "granularity": self.settings.granularity,
+        }
+        if focus is not None or mask:
+            what.update(mask=mask, focus=None if focus is None else asdict(focus))
+        return self._place("margin", what, groups)
+
     def _damage(self, label: str, texts: Sequence[EncodedText]) -> Statistics:
         settings = self.settings
         groups = list(batches(texts, max_tokens=settings.max_batch_tokens, device=self.model.device))
@@ -194,19 +224,22 @@ class Calibrator:
             fisher, seed = settings.gate_fisher, settings.seed + i
             return collect_damage(self.model, self.layers, groups[i], seed=seed, gate_fisher=fisher, onto=onto)
 
-        return self._sum(f"neutral {label}", "damage", key, [len(g.items) for g in groups], one)
+        place = self._place("damage", key, [g.items for g in groups])
+        return self._sum(f"neutral {label}", place, [len(g.items) for g in groups], one)
+
+    def _place(self, kind: str, what: Mapping[str, object], groups: Sequence[Sized]) -> _Place:
+        key = self._key({**what, "batches": [len(group) for group in groups]})
+        return _Place(self._folder / f"{kind}-{_hash(key)[:12]}.safetensors", key)
 
     def _sum(
         self,
         label: str,
-        kind: str,
-        what: Mapping[str, object],
+        place: _Place,
         sizes: Sequence[int],
         one: Callable[[int, Statistics | None], Statistics],
     ) -> Statistics:
         """Sum over the batches: `one(i, sums so far)` adds batch i. Resumes from, and leaves, checkpoints."""
-        key = self._key({**what, "batches": list(sizes)})
-        path = self._folder / f"{kind}-{_hash(key)[:12]}.safetensors"
+        path, key = place.path, place.key
         total = load_statistics(path, key)
         if total is not None:
             return total

@@ -29,6 +29,7 @@ from persona_edge.errors import SelectionError
 from persona_edge.masked_model import masked
 from persona_edge.masks import Granularity, Plane
 from persona_edge.pole_masks import Damages, Gates, Side, fisher_planes
+from persona_edge.separation import NO_OTHERS, Others
 from persona_edge.statistics import Statistics
 
 __all__ = ["Grown", "Growth", "Limits", "cautious", "fixed", "merge_planes", "planes_digest"]
@@ -89,6 +90,15 @@ class Grown:
         return sum(len(step.trials) for step in self.steps)
 
 
+@dataclass(frozen=True)
+class _Aim:
+    """Where a mask is to move the model, and where not."""
+
+    side: Side
+    label: str
+    others: Others
+
+
 class Growth:
     """Grows masks on one calibrator's model; `drift` measures a mask on held-out neutral text."""
 
@@ -112,43 +122,65 @@ class Growth:
         self.progress = progress
         self._first_budget = 0.002
 
-    def grow(self, contrasts: CalibrationSet, statistics: Statistics, side: Side, label: str) -> Grown:
-        """The mask of one pole. `statistics` are the margins' on the unmasked model; both poles share them.
+    def grow(
+        self,
+        contrasts: CalibrationSet,
+        statistics: Statistics,
+        side: Side,
+        label: str,
+        *,
+        others: Others = NO_OTHERS,
+    ) -> Grown:
+        """The mask of one pole, which leaves the axes `others` where they are (separation.py).
 
-        Raises SelectionError when no step finds anything within its limits.
+        `statistics` are the margins' on the unmasked model; both poles share them. Raises SelectionError when no step
+        finds anything within its limits.
         """
         grown = Grown((), Drift(1.0, 0.0, 0.0))
+        aim = _Aim(side, label, others)
         for step in range(self.n_steps):
             last = step + 1 == self.n_steps
             if grown.planes:
                 del statistics  # 0.9 GB of an 8B model, while the next ones are gathered
-                statistics = self._measure_again(contrasts, grown, side, step, label)
+                statistics = self._measure_again(contrasts, grown, aim, step)
             try:
-                grown = self._step(grown, statistics, side, step, label)
+                grown = self._step(grown, statistics, aim, step)
             except SelectionError:  # nothing (more) fits into this step's share of the limits
                 if last and not grown.planes:
                     raise
         return grown
 
-    def _measure_again(self, contrasts: CalibrationSet, grown: Grown, side: Side, step: int, label: str) -> Statistics:
-        toward: Literal[1, -1] = 1 if side == "positive" else -1
+    def _measure_again(self, contrasts: CalibrationSet, grown: Grown, aim: _Aim, step: int) -> Statistics:
+        toward: Literal[1, -1] = 1 if aim.side == "positive" else -1
         some = contrasts.limit(self.n_contrasts, seed=step)
         with masked(self.calibrator.model, grown.planes):
             return self.calibrator.margins(
-                some, focus=Focus(toward), mask=planes_digest(grown.planes), label=f"contrasts {label}, step {step + 1}"
+                some,
+                focus=Focus(toward),
+                mask=planes_digest(grown.planes),
+                label=f"contrasts {aim.label}, step {step + 1}",
             )
 
-    def _step(self, grown: Grown, statistics: Statistics, side: Side, step: int, label: str) -> Grown:
+    def _step(self, grown: Grown, statistics: Statistics, aim: _Aim, step: int) -> Grown:
         last = step + 1 == self.n_steps
         damage = self.damages.weighted(*self._weights(grown.drift))
-        ranked = fisher_planes(statistics, damage, side, self.gates, self.granularity, gated=grown.planes)
+        ranked = fisher_planes(
+            statistics,
+            damage,
+            aim.side,
+            self.gates,
+            self.granularity,
+            gated=grown.planes,
+            others=aim.others,
+            budget=self._first_budget,
+        )
         limits = self.limits.share((step + 1) / self.n_steps)
         n_trials = self.n_trials if last else min(EARLY_TRIALS, self.n_trials)
         done = 0
 
         def measure(budget: float) -> Drift:
             nonlocal done
-            self.progress(f"budget {label}, step {step + 1} of {self.n_steps}", done, n_trials)
+            self.progress(f"budget {aim.label}, step {step + 1} of {self.n_steps}", done, n_trials)
             done += 1
             try:
                 return cautious(self.drift(merge_planes(grown.planes, ranked.take(budget))))
@@ -163,7 +195,7 @@ class Growth:
             n_steps=n_trials,
             tolerance=0.05 if last else EARLY_TOLERANCE,
         )
-        self.progress(f"budget {label}, step {step + 1} of {self.n_steps}", n_trials, n_trials)
+        self.progress(f"budget {aim.label}, step {step + 1} of {self.n_steps}", n_trials, n_trials)
         self._first_budget = result.budget  # the next search's is rarely far
         planes = merge_planes(grown.planes, ranked.take(result.budget))
         return Grown(planes, self.drift(planes), (*grown.steps, result))

@@ -81,6 +81,14 @@ class ModelIdentity:
 
 
 @dataclass(frozen=True)
+class Gates:
+    """What suppressed units, and amplified ones if any, are multiplied by at strength 1."""
+
+    suppress: float = 0.0
+    amplify: float | None = None
+
+
+@dataclass(frozen=True)
 class Plane:
     """One mask with one gate value.
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 
 from persona_edge.errors import InputError, MissingDependencyError, ModelFileError, UnsupportedModelError
 from persona_edge.layer_streaming import exceeds_memory, start_streaming
+from persona_edge.machine import set_thread_waiting
 from persona_edge.masks import GROUP_SIZE, ModelIdentity, TensorShape
 from persona_edge.sketch import sample_signs
 
@@ -171,9 +171,7 @@ def load_torch_model(
     UnsupportedModelError when its layers have no GGUF names.
     """
     require_offline()
-    # OpenMP's threads otherwise spin while they wait, which on a machine that is also busy elsewhere costs a factor of
-    # ten; read when torch is first imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    set_thread_waiting()  # read when torch is first imported
     device = choose_device(device)
     model, tokenizer = _load_pretrained(source, choose_dtype(dtype, device))
     model.eval().requires_grad_(False)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from persona_edge.calibration import DamageStatistics
 from persona_edge.errors import InputError
-from persona_edge.masks import Granularity, Plane
+from persona_edge.masks import Gates, Granularity, Plane
 from persona_edge.modeling import TorchModel
 from persona_edge.per_tensor import PerTensor
 from persona_edge.scores import (
@@ -28,6 +28,7 @@ from persona_edge.scores import (
     weighted_damage,
 )
 from persona_edge.selection import RankedPlanes, rank_planes, select_by_density, select_top_k_per_row
+from persona_edge.separation import NO_OTHERS, Others, priced, prices
 from persona_edge.statistics import Statistics
 
 __all__ = [
@@ -47,14 +48,6 @@ METHODS: tuple[Method, ...] = ("contrastive-fisher", "wanda", "contrastive-wanda
 Side = Literal["positive", "negative"]
 Floats = NDArray[np.float32]
 PlaneMaker = Callable[[float], tuple[Plane, ...]]
-
-
-@dataclass(frozen=True)
-class Gates:
-    """What suppressed units, and amplified ones if any, are multiplied by at strength 1."""
-
-    suppress: float = 0.0
-    amplify: float | None = None
 
 
 @dataclass(frozen=True)
@@ -108,11 +101,14 @@ def fisher_planes(
     granularity: Granularity,
     *,
     gated: Sequence[Plane] = (),
+    others: Others = NO_OTHERS,
+    budget: float = 0.0,
 ) -> RankedPlanes:
     """Units ranked by benefit per damage for one pole (contrastive-fisher); cut it at a budget or a density.
 
     Units of the planes `gated` stay out. A unit has a price of its own besides its damage, 1 / n_units nats: units with
-    next to no damage and next to no benefit would fill half of the pack for a hundredth of the effect.
+    next to no damage and next to no benefit would fill half of the pack for a hundredth of the effect. What it moves on
+    the axes `others` has a price too (separation.py), worked out for a cut at `budget`.
     """
     gradient = margins.mean("gate_gradient", "contrasts")
     sign = np.float32(1 if side == "positive" else -1)
@@ -124,13 +120,24 @@ def fisher_planes(
                 np.put(found, plane.positions[name], 0)
         return found
 
+    own = PerTensor(damage, benefit)
+    epsilon = 1 / sum(margins.sums["gate_gradient"][name].size for name in damage)
+    price = prices(
+        own,
+        others,
+        damage,
+        budget,
+        moved=others.moved(gated),
+        gates=gates,
+        epsilon=epsilon,
+    )
     return rank_planes(
-        PerTensor(damage, benefit),
+        priced(own, others, price),
         damage,
         suppress_gate=gates.suppress,
         amplify_gate=gates.amplify,
         granularity=granularity,
-        epsilon=1 / sum(margins.sums["gate_gradient"][name].size for name in damage),
+        epsilon=epsilon,
     )
 
 

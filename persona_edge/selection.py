@@ -26,6 +26,7 @@ __all__ = [
     "RankedUnits",
     "check_disjoint",
     "filter_tensors",
+    "gate_distance",
     "n_overlapping",
     "rank",
     "rank_planes",
@@ -278,7 +279,7 @@ def rank_planes(
         _require_rankable(benefit, damage)
 
         def factor(name: str) -> Floats:
-            return _gate_distance(benefit[name], suppress_gate, amplify_gate)
+            return gate_distance(benefit[name], suppress_gate, amplify_gate)
 
         units = rank(
             PerTensor(benefit, lambda name: benefit[name] * factor(name)),
@@ -318,7 +319,7 @@ def _require_gates(suppress_gate: float, amplify_gate: float | None) -> None:
         raise InputError(f"an amplify gate must be above 1, not {amplify_gate}")
 
 
-def _gate_distance(benefit: Floats, suppress_gate: float, amplify_gate: float | None) -> Floats:
+def gate_distance(benefit: Floats, suppress_gate: float, amplify_gate: float | None) -> Floats:
     """1 - gate of each unit: how far its gate moves, signed so that benefit times distance is what the move gains."""
     amplify = 0.0 if amplify_gate is None else 1 - amplify_gate  # 0: a unit that only amplifying would help stays out
     return np.where(benefit > 0, np.float32(1 - suppress_gate), np.float32(amplify))

@@ -29,7 +29,7 @@ from persona_edge.errors import CalibrationError
 from persona_edge.files import atomic_output
 from persona_edge.per_tensor import PerTensor
 
-__all__ = ["Kind", "Statistics", "load_statistics", "merge", "save_statistics"]
+__all__ = ["Kind", "Statistics", "load_statistics", "merge", "save_statistics", "stored_means"]
 
 Kind = Literal["margin", "damage"]
 TensorSums = Mapping[str, NDArray[np.float32]]
@@ -118,3 +118,26 @@ def load_statistics(path: Path, key: Mapping[str, object]) -> Statistics | None:
     fields = sorted({name.split("|", 1)[0] for name in flat})
     sums = {name: {tensor: flat[f"{name}|{tensor}"] for tensor in order} for name in fields}
     return Statistics("margin" if metadata["kind"] == "margin" else "damage", json.loads(metadata["counts"]), sums)
+
+
+def stored_means(path: Path, key: Mapping[str, object], field_name: str, count: str) -> PerTensor:
+    """`Statistics.mean` of a field that stays on the disk: a tensor is read when it is asked for.
+
+    CalibrationError when there is no such file, or it was written under another key.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        file = safe_open(str(path), framework="numpy").__enter__()  # kept open: parsing the header takes milliseconds
+        metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise CalibrationError(f"{path} cannot be read ({error}); calibrate again") from error
+    if metadata.get("key") != json.dumps(dict(key), sort_keys=True):
+        raise CalibrationError(f"{path} holds other statistics; calibrate again")
+    n = np.float32(json.loads(metadata["counts"])[count])
+
+    def read(name: str) -> NDArray[np.float32]:
+        found: NDArray[np.float32] = file.get_tensor(f"{field_name}|{name}")
+        return found / n
+
+    return PerTensor(json.loads(metadata["order"]), read)

@@ -13,6 +13,7 @@ import pytest
 
 from persona_edge.build import BuildSettings, build_personas
 from persona_edge.calibration import CalibrationSettings, Calibrator
+from persona_edge.contrasts import CalibrationSet
 from persona_edge.errors import CalibrationError, InputError, SelectionError
 from persona_edge.exporters.to_gguf import export_gguf
 from persona_edge.maskpack import MaskPack
@@ -21,6 +22,7 @@ from persona_edge.modeling import TorchModel
 from persona_edge.persona_sets import PersonaSpec, load_persona_set
 from persona_edge.pole_masks import METHODS, Method
 from persona_edge.selection import n_overlapping
+from persona_edge.separation import Others
 from tests.tiny_models import (
     calibration_set,
     contrasts,
@@ -176,6 +178,29 @@ def test_composed_personas_report_the_drift_of_all_their_poles(calibrator: Calib
     assert set(built.report["compositions"]) == {"ET", "IF"}
     single = built.report["poles"]["E"]["drift"]["chat_kl"]
     assert built.report["compositions"]["ET"]["chat_kl"] != pytest.approx(single, rel=1e-3)
+
+
+def test_poles_that_are_composed_leave_each_others_axes_alone(calibrator: Calibrators) -> None:
+    one = calibration_set(24)
+    half_turned = [
+        replace(c, positive=c.negative, negative=c.positive) if i % 2 else c for i, c in enumerate(contrasts(24))
+    ]
+    two = CalibrationSet("tiny-XY", "XY", "X", "Y", tuple(half_turned))
+    poles = {name: (name,) for name in ("E", "I", "X", "Y")}
+    alone, composed = (PersonaSpec("two", (one, two), {**poles, **more}) for more in ({}, {"EX": ("E", "X")}))
+    settings = BuildSettings(budget=0.3)
+    maker = calibrator()
+    moved = {}
+    for name, spec, options in (
+        ("alone", alone, settings),
+        ("composed", composed, settings),
+        ("not separated", composed, replace(settings, separate_axes=False)),
+    ):
+        built = build_personas(maker, spec, options)
+        other = Others([maker.gate_benefits(two.split()[0])])
+        moved[name] = other.moved(next(pole.planes for pole in built.poles if pole.name == "E"))[0]
+    assert moved["alone"] == moved["not separated"]
+    assert abs(moved["composed"]) < 0.05 * abs(moved["alone"])
 
 
 def test_the_model_is_left_as_it_was(calibrator: Calibrators, model: TorchModel, spec: PersonaSpec) -> None:

@@ -204,6 +204,15 @@ def test_no_checkpoint_is_written_before_its_time(model: TorchModel, tmp_path: P
     assert not files(tmp_path, ".partial")
 
 
+def test_gate_benefits_are_the_margins_gradients_from_the_disk(model: TorchModel, tmp_path: Path) -> None:
+    items = calibration_set(6)
+    found = make(model, tmp_path).gate_benefits(items)
+    statistics = make(model, tmp_path).margins(items)
+    assert tuple(found) == statistics.tensors
+    for name, gradient in statistics.mean("gate_gradient", "contrasts").items():
+        np.testing.assert_array_equal(found[name], -gradient)
+
+
 def test_progress_ends_at_its_total(model: TorchModel, tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     make(model, tmp_path, progress=lambda *call: seen.append(call)).margins(calibration_set(12))

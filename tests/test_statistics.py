@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from persona_edge.errors import CalibrationError, OutputError
-from persona_edge.statistics import Kind, Statistics, load_statistics, merge, save_statistics
+from persona_edge.statistics import Kind, Statistics, load_statistics, merge, save_statistics, stored_means
 
 KEY: dict[str, object] = {"model": "abc", "set": [1, 2], "fisher": True}
 
@@ -94,6 +94,24 @@ def test_another_key_a_missing_and_a_damaged_file_are_all_nothing(tmp_path: Path
     for damaged in (b"", whole[:20], whole[:-1], b"\xff" * len(whole)):
         path.write_bytes(damaged)
         assert load_statistics(path, KEY) is None
+
+
+def test_means_read_from_the_disk_are_those_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "sums.safetensors"
+    save_statistics(path, statistics(7), KEY)
+    stored, held = stored_means(path, KEY, "z_first", "tokens"), statistics(7).mean("z_first", "tokens")
+    assert list(stored) == list(held)
+    for name in held:
+        np.testing.assert_array_equal(stored[name], held[name])
+
+
+def test_means_of_other_statistics_or_of_none_are_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "sums.safetensors"
+    with pytest.raises(CalibrationError, match="cannot be read"):
+        stored_means(path, KEY, "z_first", "tokens")
+    save_statistics(path, statistics(7), KEY)
+    with pytest.raises(CalibrationError, match="other statistics"):
+        stored_means(path, {**KEY, "set": [2]}, "z_first", "tokens")
 
 
 def test_a_folder_that_is_not_there_is_an_output_error(tmp_path: Path) -> None:

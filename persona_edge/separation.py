@@ -1,0 +1,141 @@
+"""Keeps a pole from moving the other axes that it is composed with.
+
+Language itself ties the axes together: what planners say is concrete, so the units that make a model plan also make it
+concrete, and a persona of J and N loses its N. To first order that is known before a mask is chosen: the other axes'
+margins have gradients too. So a unit pays for what it moves on them,
+
+    b'_g = b_g - sum_a p_a x_ag        x_ag = -E[d m_a / d gamma_g], the benefit of unit g toward a's positive pole,
+
+with one price p_a per other axis, such that the units chosen do not move it: p are the Lagrange multipliers of the
+selection under sum_g x_ag = 0. NumPy only; docs/method.md has what this costs and what it buys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from persona_edge.masks import Gates, Plane
+from persona_edge.per_tensor import PerTensor
+from persona_edge.selection import gate_distance, rank_planes, sum_over
+
+__all__ = ["NO_OTHERS", "Others", "priced", "prices"]
+
+MOST = 0.6
+"""The highest price: two axes that are one and the same would otherwise leave nothing of each other."""
+ENOUGH = 0.005
+"""The share of the pole's own effect that the other axes may still be moved by."""
+ROUNDS = 60
+DAMPING = 0.5
+ROOM = 20.0
+"""How many times the budget's damage the candidates have, whose choice the prices are worked out on."""
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Others:
+    """The other axes: `benefits[a]` maps tensors to what closing each gate does toward a's positive pole.
+
+    Arrays are (n_rows, n_units), in nats of margin.
+    """
+
+    benefits: Sequence[Mapping[str, Floats]] = ()
+
+    def moved(self, planes: Sequence[Plane]) -> NDArray[np.float64]:
+        """What `planes` move each axis by, to first order: (n_axes,) nats."""
+        moved = [sum((1 - p.gate) * sum_over(x, p.positions) for p in planes) for x in self.benefits]
+        return np.array(moved, np.float64)
+
+
+NO_OTHERS = Others()
+
+
+def priced(own: Mapping[str, Floats], others: Others, price: NDArray[np.float64]) -> Mapping[str, Floats]:
+    """The benefits b' above, made when asked for; units whose own benefit is 0 (gated already) keep it."""
+    if not price.any():
+        return own
+
+    def benefit(name: str) -> Floats:
+        mine = own[name]
+        found = mine.copy()
+        for p, other in zip(price, others.benefits, strict=True):
+            found -= np.float32(p) * other[name]
+        return np.where(mine != 0, found, np.float32(0))
+
+    return PerTensor(own, benefit)
+
+
+def prices(
+    own: Mapping[str, Floats],
+    others: Others,
+    damage: Mapping[str, Floats],
+    budget: float,
+    *,
+    moved: NDArray[np.float64],
+    gates: Gates,
+    epsilon: float,
+) -> NDArray[np.float64]:
+    """The price of each other axis at which the units chosen within `budget` undo what `moved` says was moved before.
+
+    Found by damped fixed-point rounds on the units that could come into question; the best round's prices when none
+    brings every axis within `ENOUGH`. Units whose own benefit is 0 (gated already) stay out. (n_axes,) in nats of own
+    benefit per nat; errors as `rank_planes` raises them.
+    """
+    price = np.zeros(len(others.benefits))
+    if not len(price):
+        return price
+    chosen = _Candidates(own, others, damage, budget=budget, gates=gates, epsilon=epsilon)
+    best, least = price, np.inf
+    for _ in range(ROUNDS):
+        gain, moves = chosen.take(price, budget)
+        off = (moved + moves) / max(gain, 1e-12)
+        if (worst := float(np.abs(off).max())) < least:
+            best, least = price, worst
+        if least < ENOUGH:
+            break
+        price = np.clip(price + DAMPING * off, -MOST, MOST)
+    return best
+
+
+class _Candidates:
+    """The units that some prices within `MOST` could bring into the mask, flat: benefits, damage."""
+
+    def __init__(
+        self,
+        own: Mapping[str, Floats],
+        others: Others,
+        damage: Mapping[str, Floats],
+        *,
+        budget: float,
+        gates: Gates,
+        epsilon: float,
+    ) -> None:
+        self.gates, self.epsilon = gates, epsilon
+
+        def bound(name: str) -> Floats:
+            found = own[name]
+            most = found if gates.amplify is None else np.abs(found)
+            return np.where(found != 0, most + np.float32(MOST) * sum(np.abs(x[name]) for x in others.benefits), 0)
+
+        ranked = rank_planes(PerTensor(own, bound), damage, suppress_gate=gates.suppress, epsilon=epsilon)
+        at = ranked.units.take(ROOM * budget)
+        self.own, self.damage = _gather(own, at), _gather(damage, at)
+        self.others = np.stack([_gather(x, at) for x in others.benefits])
+
+    def take(self, price: NDArray[np.float64], budget: float) -> tuple[float, NDArray[np.float64]]:
+        """What the units within `budget` do at these prices: to the pole's own margin, and to the other axes'."""
+        benefit = self.own - price @ self.others
+        distance = gate_distance(benefit.astype(np.float32), self.gates.suppress, self.gates.amplify).astype(np.float64)
+        cost = self.damage * distance**2
+        ratio = benefit * distance / (cost + self.epsilon)
+        order = np.argsort(-ratio, kind="stable")
+        order = order[ratio[order] > 0]
+        order = order[: np.searchsorted(np.cumsum(cost[order]), budget, side="right")]
+        return float(self.own[order] @ distance[order]), self.others[:, order] @ distance[order]
+
+
+def _gather(values: Mapping[str, Floats], positions: Mapping[str, NDArray[np.uint32]]) -> NDArray[np.float64]:
+    return np.concatenate([values[name].ravel()[at] for name, at in positions.items()]).astype(np.float64)
