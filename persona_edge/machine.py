@@ -39,7 +39,7 @@ def set_thread_waiting() -> None:
     """How OpenMP's threads wait for each other: asleep, after a short spin where the machine has nothing else to do.
 
     Their own way, a long spin, costs a factor of ten on a machine that is busy elsewhere; to sleep at once costs a
-    quarter where it is not (docs/method.md). Takes effect before OpenMP is loaded, and leaves alone what the user has set.
+    quarter where it is not (docs/method.md). Takes effect before OpenMP is loaded; what the user has set stays.
     """
     if "OMP_WAIT_POLICY" in os.environ:
         return
