@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from benchmarks import decode, record, roofline, switching
+from benchmarks import decode, pages, record, roofline, switching
 from persona_edge.catalogue import DEFAULT_MODEL, resolve_model
 from persona_edge.errors import PersonaEdgeError
 from persona_edge.find_packs import find_pack, open_pack
@@ -60,6 +60,17 @@ def _switching(settings: Settings) -> record.Result:
 def _roofline(settings: Settings) -> record.Result:
     pack = settings.pack_with("INFP", "ENTJ")
     return roofline.measure(settings.gguf, pack, n_rounds=min(settings.rounds, 50), n_threads=settings.threads)
+
+
+def _pages(settings: Settings) -> record.Result:
+    return pages.measure(
+        settings.gguf,
+        settings.pack_with("INFP", "ENTJ"),
+        n_rounds=min(settings.rounds, 60),
+        n_tokens=settings.tokens,
+        n_threads=settings.threads,
+        seconds=60 * settings.minutes,
+    )
 
 
 def _decode(settings: Settings) -> record.Result:
@@ -131,6 +142,7 @@ BENCHMARKS: Mapping[str, Callable[[Settings], record.Result]] = {
     "switching": _switching,
     "roofline": _roofline,
     "decode": _decode,
+    "pages": _pages,
     "parity": _parity,
     "size": _size,
     "runtime": _runtime,
@@ -177,8 +189,8 @@ def main(
     models: str,
     **options: Any,
 ) -> None:
-    """Run the benchmarks called NAME, or all: switching, roofline, decode, parity, size, runtime, onnx, export,
-    memory.
+    """Run the benchmarks called NAME, or all: switching, roofline, decode, pages, parity, size, runtime, onnx,
+    export, memory.
 
     When all are run, one that lacks its pack, model or data is passed over with a line that says what it needs.
     """
