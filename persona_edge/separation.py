@@ -25,13 +25,14 @@ from persona_edge.selection import gate_distance, rank_planes, sum_over
 __all__ = ["NO_OTHERS", "Others", "priced", "prices"]
 
 MOST = 0.6
-"""The highest price: two axes that are one and the same would otherwise leave nothing of each other."""
+"""The highest price, with both axes' benefits on one scale: two axes that are one keep something of each other."""
 ENOUGH = 0.005
 """The share of the pole's own effect that the other axes may still be moved by."""
-ROUNDS = 60
-DAMPING = 0.5
+SWEEPS, HALVINGS = 5, 10
 ROOM = 20.0
 """How many times the budget's damage the candidates have, whose choice the prices are worked out on."""
+MOST_CANDIDATES = 100_000
+"""Of more than these, every second, third, ... is looked at, with that share of the budget."""
 Floats = NDArray[np.float32]
 
 
@@ -80,24 +81,35 @@ def prices(
 ) -> NDArray[np.float64]:
     """The price of each other axis at which the units chosen within `budget` undo what `moved` says was moved before.
 
-    Found by damped fixed-point rounds on the units that could come into question; the best round's prices when none
-    brings every axis within `ENOUGH`. Units whose own benefit is 0 (gated already) stay out. (n_axes,) in nats of own
+    Found by bisection, axis by axis and again, on the units that could come into question: what the chosen units move
+    an axis by falls as its price rises. Units whose own benefit is 0 (gated already) stay out. (n_axes,) in nats of own
     benefit per nat; errors as `rank_planes` raises them.
     """
     price = np.zeros(len(others.benefits))
     if not len(price):
         return price
-    chosen = _Candidates(own, others, damage, budget=budget, gates=gates, epsilon=epsilon)
-    best, least = price, np.inf
-    for _ in range(ROUNDS):
-        gain, moves = chosen.take(price, budget)
-        off = (moved + moves) / max(gain, 1e-12)
-        if (worst := float(np.abs(off).max())) < least:
-            best, least = price, worst
-        if least < ENOUGH:
+    scale = _scales(own, others)
+    chosen = _Candidates(own, others, damage, scale=scale, budget=budget, gates=gates, epsilon=epsilon)
+    for _ in range(SWEEPS):
+        for axis in range(len(price)):
+            low, high = -MOST * scale[axis], MOST * scale[axis]
+            for _ in range(HALVINGS):
+                price[axis] = (low + high) / 2
+                _, moves = chosen.take(price)
+                low, high = (price[axis], high) if moved[axis] + moves[axis] > 0 else (low, price[axis])
+        gain, moves = chosen.take(price)
+        if float(np.abs((moved + moves) * scale).max()) < ENOUGH * gain:
             break
-        price = np.clip(price + DAMPING * off, -MOST, MOST)
-    return best
+    return price
+
+
+def _scales(own: Mapping[str, Floats], others: Others) -> NDArray[np.float64]:
+    """The size of the own benefits over that of each other axis's: those of a later step are weighted, and smaller."""
+    mine, theirs = 0.0, np.zeros(len(others.benefits))
+    for name, values in own.items():
+        mine += float(np.square(values, dtype=np.float64).sum())
+        theirs += [float(np.square(x[name], dtype=np.float64).sum()) for x in others.benefits]
+    return np.asarray(np.sqrt(mine / np.maximum(theirs, 1e-30)))
 
 
 class _Candidates:
@@ -109,6 +121,7 @@ class _Candidates:
         others: Others,
         damage: Mapping[str, Floats],
         *,
+        scale: NDArray[np.float64],
         budget: float,
         gates: Gates,
         epsilon: float,
@@ -117,23 +130,28 @@ class _Candidates:
 
         def bound(name: str) -> Floats:
             found = own[name]
-            most = found if gates.amplify is None else np.abs(found)
-            return np.where(found != 0, most + np.float32(MOST) * sum(np.abs(x[name]) for x in others.benefits), 0)
+            most = found.copy() if gates.amplify is None else np.abs(found)
+            for share, x in zip(scale, others.benefits, strict=True):
+                most += np.float32(MOST * share) * np.abs(x[name])
+            return np.where(found != 0, most, np.float32(0))
 
         ranked = rank_planes(PerTensor(own, bound), damage, suppress_gate=gates.suppress, epsilon=epsilon)
         at = ranked.units.take(ROOM * budget)
+        every = 1 + sum(map(len, at.values())) // MOST_CANDIDATES
+        at = {name: positions[::every] for name, positions in at.items()}
+        self.budget = budget / every
         self.own, self.damage = _gather(own, at), _gather(damage, at)
         self.others = np.stack([_gather(x, at) for x in others.benefits])
 
-    def take(self, price: NDArray[np.float64], budget: float) -> tuple[float, NDArray[np.float64]]:
-        """What the units within `budget` do at these prices: to the pole's own margin, and to the other axes'."""
+    def take(self, price: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        """What the units within the budget do at these prices: to the pole's own margin, and to the other axes'."""
         benefit = self.own - price @ self.others
         distance = gate_distance(benefit.astype(np.float32), self.gates.suppress, self.gates.amplify).astype(np.float64)
         cost = self.damage * distance**2
         ratio = benefit * distance / (cost + self.epsilon)
         order = np.argsort(-ratio, kind="stable")
         order = order[ratio[order] > 0]
-        order = order[: np.searchsorted(np.cumsum(cost[order]), budget, side="right")]
+        order = order[: np.searchsorted(np.cumsum(cost[order]), self.budget, side="right")]
         return float(self.own[order] @ distance[order]), self.others[:, order] @ distance[order]
 
 

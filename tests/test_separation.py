@@ -92,3 +92,16 @@ def test_gated_units_stay_out_and_without_others_nothing_has_a_price() -> None:
     (plane,) = chosen(own, Others([other]), damage, 100, Gates())
     assert plane.positions["a"].min() >= 30 * 40
     assert priced(own, NO_OTHERS, np.zeros(0)) is own
+
+
+@pytest.mark.parametrize("size", [0.05, 20.0])
+def test_benefits_of_a_later_step_may_be_smaller_than_those_of_the_other_axes(size: float) -> None:
+    """They are weighted by what is not won yet, the other axes' are not."""
+    rng = np.random.default_rng(11)
+    own, damage = arrays(rng), arrays(rng, positive=True)
+    others = Others([mixed(arrays(rng), own, 0.8), mixed(arrays(rng), own, -0.4)])
+    small = {name: np.float32(size) * values for name, values in own.items()}
+    assert (
+        np.abs(others.moved(chosen(small, others, damage, 100, Gates()))).max()
+        < 0.03 * others.moved(chosen(own, NO_OTHERS, damage, 100, Gates())).max()
+    )
