@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from persona_edge.errors import SelectionError
 from persona_edge.masks import Gates, Plane
 from persona_edge.per_tensor import PerTensor
 from persona_edge.selection import gate_distance, rank_planes, sum_over
@@ -83,13 +84,16 @@ def prices(
 
     Found by bisection, axis by axis and again, on the units that could come into question: what the chosen units move
     an axis by falls as its price rises. Units whose own benefit is 0 (gated already) stay out. (n_axes,) in nats of own
-    benefit per nat; errors as `rank_planes` raises them.
+    benefit per nat; 0 where not even one unit fits into the budget.
     """
     price = np.zeros(len(others.benefits))
     if not len(price):
         return price
     scale = _scales(own, others)
-    chosen = _Candidates(own, others, damage, scale=scale, budget=budget, gates=gates, epsilon=epsilon)
+    try:
+        chosen = _Candidates(own, others, damage, scale=scale, budget=budget, gates=gates, epsilon=epsilon)
+    except SelectionError:  # nothing fits into this budget; whoever asked may look for a larger one
+        return price
     for _ in range(SWEEPS):
         for axis in range(len(price)):
             low, high = -MOST * scale[axis], MOST * scale[axis]

@@ -84,6 +84,13 @@ def test_an_axis_that_is_the_same_one_costs_no_more_than_the_highest_price() -> 
     assert chosen(own, Others([own]), damage, 50, Gates())
 
 
+def test_a_budget_that_nothing_fits_into_has_no_prices() -> None:
+    rng = np.random.default_rng(13)
+    own, other, damage = arrays(rng), arrays(rng), arrays(rng, positive=True)
+    price = prices(own, Others([other]), damage, 1e-6, moved=np.ones(1), gates=Gates(), epsilon=EPSILON)
+    assert not price.any()
+
+
 def test_gated_units_stay_out_and_without_others_nothing_has_a_price() -> None:
     rng = np.random.default_rng(9)
     own, damage = arrays(rng), arrays(rng, positive=True)
