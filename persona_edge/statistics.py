@@ -20,7 +20,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,7 +128,7 @@ def stored_means(path: Path, key: Mapping[str, object], field_name: str, count: 
     from safetensors import SafetensorError, safe_open
 
     try:
-        file = safe_open(str(path), framework="numpy")  # kept open: parsing the header takes milliseconds
+        file: Any = safe_open(str(path), framework="numpy")  # kept open: parsing the header takes milliseconds
         metadata = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise CalibrationError(f"{path} cannot be read ({error}); calibrate again") from error
