@@ -11,7 +11,7 @@ import ctypes
 import itertools
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from time import perf_counter
 
@@ -60,7 +60,7 @@ def _opened(
     """Each arm's runtime; before that, all are opened and closed in turn, the first time to fill caches."""
 
     def opened(name: str, weights: WeightsMode) -> PersonaRuntime:
-        with _small_pages() if name == SMALL else ExitStack():
+        with _small_pages() if name == SMALL else nullcontext():
             return PersonaRuntime.open(model, pack, n_ctx=_N_CTX, n_threads=n_threads, weights=weights)
 
     for number in range(_OPENINGS + 1):

@@ -142,7 +142,8 @@ class _Builder:
 
     def _others(self, axis_set: CalibrationSet) -> Others:
         """What closing each gate does to the axes that this one is composed with in some persona."""
-        if not self.settings.separate_axes or self.settings.method != "contrastive-fisher":
+        settings = self.settings
+        if not settings.separate_axes or settings.method != "contrastive-fisher" or settings.density is not None:
             return NO_OTHERS
         mine = {axis_set.positive_pole, axis_set.negative_pole}
         partners = {pole for poles in self.spec.personas.values() if mine.intersection(poles) for pole in poles} - mine
@@ -176,11 +177,10 @@ class _Builder:
                 self.model, self.names, statistics, method=settings.method, side=side, gate=settings.suppress_gate
             )
         damage = self._growth.damages.weighted(1.0, self._limits.chat_weight)
-        if settings.budget is None:
-            return fisher_planes(statistics, damage, side, self._gates, settings.granularity).take_density
-        return fisher_planes(
-            statistics, damage, side, self._gates, settings.granularity, others=others, budget=settings.budget
-        ).take
+        ranked = fisher_planes(
+            statistics, damage, side, self._gates, settings.granularity, others=others, budget=settings.budget or 0.0
+        )
+        return ranked.take_density if settings.density is not None else ranked.take
 
     @cached_property
     def _growth(self) -> Growth:
