@@ -147,13 +147,13 @@ class _Builder:
             return NO_OTHERS
         mine = {axis_set.positive_pole, axis_set.negative_pole}
         partners = {pole for poles in self.spec.personas.values() if mine.intersection(poles) for pole in poles} - mine
-        return Others(
-            tuple(
-                self.calibrator.gate_benefits(other.split()[0])
-                for other in self.spec.sets
-                if partners.intersection((other.positive_pole, other.negative_pole))
-            )
-        )
+        halves = [
+            other.split()[0].halves()
+            for other in self.spec.sets
+            if partners.intersection((other.positive_pole, other.negative_pole))
+        ]
+        benefits = self.calibrator.gate_benefits
+        return Others([benefits(half) for half, _ in halves], [benefits(half) for _, half in halves])
 
     def _grow(self, calibration: CalibrationSet, side: Side, name: str, others: Others) -> Grown:
         """The planes at the amount asked for, or as many as the limits allow.
@@ -162,7 +162,7 @@ class _Builder:
         in steps can let go of them: of an 8B model they are 0.9 GB.
         """
         settings = self.settings
-        margins = self.calibrator.margins
+        margins = self.calibrator.margins_by_halves
         amount = settings.budget if settings.density is None else settings.density
         if amount is None:
             growth = self._growth

@@ -32,7 +32,7 @@ from persona_edge.packed_pairs import ContrastPair, contrast_batches
 from persona_edge.per_tensor import PerTensor
 from persona_edge.persona_sets import neutral_prompts, neutral_texts
 from persona_edge.scores import suppression_benefit
-from persona_edge.statistics import Statistics, load_statistics, save_statistics, stored_means
+from persona_edge.statistics import Statistics, load_statistics, merge, save_statistics, stored_means
 
 __all__ = ["CalibrationSettings", "Calibrator", "DamageStatistics", "NeutralData", "Progress", "silent"]
 
@@ -143,6 +143,17 @@ class Calibrator:
 
         place = self._margin_place(calibration_set, groups, focus, mask)
         return self._sum(label or f"contrasts {calibration_set.axis}", place, [len(g) for g in groups], one)
+
+    def margins_by_halves(self, calibration_set: CalibrationSet) -> Statistics:
+        """The same as `margins`, computed and kept by halves, so that each half's can be had too (`gate_benefits`)."""
+        first, second = calibration_set.halves()
+        if first is second:
+            return self.margins(calibration_set)
+        axis = calibration_set.axis
+        return merge(
+            self.margins(first, label=f"contrasts {axis}, first half"),
+            self.margins(second, label=f"contrasts {axis}, second half"),
+        )
 
     def gate_benefits(self, calibration_set: CalibrationSet) -> PerTensor:
         """What closing each gate does toward the positive pole, mean over contrasts, per tensor; measured if need be.

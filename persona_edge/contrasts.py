@@ -107,6 +107,17 @@ class CalibrationSet:
             self._with(tuple(c for c, out in zip(self.contrasts, outside, strict=True) if out)),
         )
 
+    def halves(self) -> tuple[CalibrationSet, CalibrationSet]:
+        """Two halves that share no prompt, always the same; both are the whole set when it has one prompt only."""
+        prompts = sorted({contrast.prompt for contrast in self.contrasts}, key=_fraction)
+        first = set(prompts[: len(prompts) // 2])
+        if not first:
+            return self, self
+        return (
+            self._with(tuple(c for c in self.contrasts if c.prompt in first)),
+            self._with(tuple(c for c in self.contrasts if c.prompt not in first)),
+        )
+
     def limit(self, n: int, seed: int = 0) -> CalibrationSet:
         """At most `n` contrasts, drawn by `seed` and kept in order; a smaller draw is part of a larger one.
 

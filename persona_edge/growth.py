@@ -32,11 +32,13 @@ from persona_edge.pole_masks import Damages, Gates, Side, fisher_planes
 from persona_edge.separation import NO_OTHERS, Others
 from persona_edge.statistics import Statistics
 
-__all__ = ["Grown", "Growth", "Limits", "cautious", "fixed", "merge_planes", "planes_digest"]
+__all__ = ["Grown", "Growth", "Limits", "expected", "fixed", "merge_planes", "planes_digest"]
 
 DEFAULT_CHAT_WEIGHT = 0.15
 """What a nat of chat damage counts beside a nat of web damage when only one of the two is limited."""
 LEAST_WEIGHT = 0.1
+SHARE_OF_STYLE = 0.4
+"""The share of a perplexity ratio beyond exp(web KL) that other text shows too (docs/method.md)."""
 EARLY_TRIALS = 3
 EARLY_TOLERANCE = 0.25
 MeasureDrift = Callable[[Sequence[Plane]], Drift]
@@ -183,9 +185,9 @@ class Growth:
             self.progress(f"budget {aim.label}, step {step + 1} of {self.n_steps}", done, n_trials)
             done += 1
             try:
-                return cautious(self.drift(merge_planes(grown.planes, ranked.take(budget))))
+                return expected(self.drift(merge_planes(grown.planes, ranked.take(budget))))
             except SelectionError:  # too little for even the best unit: nothing new, look higher
-                return cautious(grown.drift)
+                return expected(grown.drift)
 
         result = search_budget(
             measure,
@@ -202,7 +204,7 @@ class Growth:
 
     def _weights(self, drift: Drift) -> tuple[float, float]:
         """What web and chat damage count: as the limits say, times how much of each limit is used already."""
-        web, chat = self.limits.used(cautious(drift))
+        web, chat = self.limits.used(expected(drift))
         most = max(web, chat)
         if not most:
             return 1.0, self.limits.chat_weight
@@ -215,14 +217,16 @@ def fixed(planes: tuple[Plane, ...], amount: float, drift: Drift) -> Grown:
     return Grown(planes, drift, (BudgetResult(amount, drift, (Trial(amount, drift, True),)),))
 
 
-def cautious(drift: Drift) -> Drift:
-    """`drift` with the larger of the measured perplexity ratio and exp(web KL), which other text would show.
+def expected(drift: Drift) -> Drift:
+    """`drift` with the perplexity ratio that other text would show.
 
-    A persona can make a few held-out passages likelier by their style while it harms text in general; on text that the
-    model itself would write, the expected logarithm of the ratio is the KL divergence.
+    On text that the model itself would write, the logarithm of the ratio is the web KL. What a few passages show
+    beyond that is in part their style, so that only a share of it counts; less than that may be luck, and does not.
     """
-    expected = math.exp(drift.web_kl or 0.0)
-    return replace(drift, perplexity_ratio=max(drift.perplexity_ratio, expected))
+    if drift.web_kl is None:
+        return drift
+    beyond = max(0.0, math.log(drift.perplexity_ratio) - drift.web_kl)
+    return replace(drift, perplexity_ratio=math.exp(drift.web_kl + SHARE_OF_STYLE * beyond))
 
 
 def merge_planes(first: Sequence[Plane], second: Sequence[Plane]) -> tuple[Plane, ...]:

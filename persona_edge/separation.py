@@ -7,7 +7,8 @@ margins have gradients too. So a unit pays for what it moves on them,
     b'_g = b_g - sum_a p_a x_ag        x_ag = -E[d m_a / d gamma_g], the benefit of unit g toward a's positive pole,
 
 with one price p_a per other axis, such that the units chosen do not move it: p are the Lagrange multipliers of the
-selection under sum_g x_ag = 0. NumPy only; docs/method.md has what this costs and what it buys.
+selection under sum_g x_ag = 0. The sum is taken with gradients of other contrasts than those that rank: a choice among
+thousands of noisy x_ag makes their own sum smaller than it is. NumPy only; docs/method.md has what this costs and buys.
 """
 
 from __future__ import annotations
@@ -41,14 +42,21 @@ Floats = NDArray[np.float32]
 class Others:
     """The other axes: `benefits[a]` maps tensors to what closing each gate does toward a's positive pole.
 
-    Arrays are (n_rows, n_units), in nats of margin.
+    Arrays are (n_rows, n_units), in nats of margin. `checks` is the same from other contrasts of the axis, and what the
+    balance is made on; None for the same ones.
     """
 
     benefits: Sequence[Mapping[str, Floats]] = ()
+    checks: Sequence[Mapping[str, Floats]] | None = None
+
+    @property
+    def balanced(self) -> Sequence[Mapping[str, Floats]]:
+        """The benefits whose sum over the chosen units is to be nothing."""
+        return self.benefits if self.checks is None else self.checks
 
     def moved(self, planes: Sequence[Plane]) -> NDArray[np.float64]:
         """What `planes` move each axis by, to first order: (n_axes,) nats."""
-        moved = [sum((1 - p.gate) * sum_over(x, p.positions) for p in planes) for x in self.benefits]
+        moved = [sum((1 - p.gate) * sum_over(x, p.positions) for p in planes) for x in self.balanced]
         return np.array(moved, np.float64)
 
 
@@ -146,6 +154,7 @@ class _Candidates:
         self.budget = budget / every
         self.own, self.damage = _gather(own, at), _gather(damage, at)
         self.others = np.stack([_gather(x, at) for x in others.benefits])
+        self.balanced = np.stack([_gather(x, at) for x in others.balanced])
 
     def take(self, price: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         """What the units within the budget do at these prices: to the pole's own margin, and to the other axes'."""
@@ -156,7 +165,7 @@ class _Candidates:
         order = np.argsort(-ratio, kind="stable")
         order = order[ratio[order] > 0]
         order = order[: np.searchsorted(np.cumsum(cost[order]), self.budget, side="right")]
-        return float(self.own[order] @ distance[order]), self.others[:, order] @ distance[order]
+        return float(self.own[order] @ distance[order]), self.balanced[:, order] @ distance[order]
 
 
 def _gather(values: Mapping[str, Floats], positions: Mapping[str, NDArray[np.uint32]]) -> NDArray[np.float64]:

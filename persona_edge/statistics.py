@@ -58,7 +58,10 @@ class Statistics:
 
 
 def merge(first: Statistics, second: Statistics) -> Statistics:
-    """Statistics over the data of both; CalibrationError when they are of different kinds, models or settings."""
+    """Statistics over the data of both, in the arrays of `first`: those of an 8B model take 0.9 GB.
+
+    CalibrationError when they are of different kinds, models or settings.
+    """
     if not first.counts:
         return second
     if not second.counts:
@@ -67,7 +70,7 @@ def merge(first: Statistics, second: Statistics) -> Statistics:
         raise CalibrationError("statistics of different kinds, models or settings cannot be merged")
     counts = {name: n + second.counts.get(name, 0) for name, n in first.counts.items()}
     sums = {
-        name: {tensor: values + second.sums[name][tensor] for tensor, values in tensors.items()}
+        name: {tensor: np.add(values, second.sums[name][tensor], out=values) for tensor, values in tensors.items()}
         for name, tensors in first.sums.items()
     }
     return Statistics(first.kind, counts, sums)

@@ -213,6 +213,26 @@ def test_gate_benefits_are_the_margins_gradients_from_the_disk(model: TorchModel
         np.testing.assert_array_equal(found[name], -gradient)
 
 
+def test_margins_by_halves_are_the_margins_and_are_kept_by_halves(model: TorchModel, tmp_path: Path) -> None:
+    items = calibration_set(12)
+    found = make(model, tmp_path).margins_by_halves(items)
+    whole = make(model, tmp_path / "anew").margins(items)
+    assert {**found.counts, "batches": 0} == {**whole.counts, "batches": 0}
+    for field, tensors in whole.sums.items():
+        for name, values in tensors.items():
+            np.testing.assert_allclose(found.sums[field][name], values, rtol=1e-4, atol=1e-4 * np.abs(values).max())
+    calls: list[str] = []
+    maker = make(model, tmp_path, progress=lambda label, done, total: calls.append(label))
+    for half in items.halves():
+        maker.gate_benefits(half)
+    assert not calls  # read, not measured
+
+
+def test_one_contrast_has_no_halves(model: TorchModel, tmp_path: Path) -> None:
+    one = calibration_set(1)
+    assert make(model, tmp_path).margins_by_halves(one).counts["contrasts"] == 1
+
+
 def test_progress_ends_at_its_total(model: TorchModel, tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     make(model, tmp_path, progress=lambda *call: seen.append(call)).margins(calibration_set(12))

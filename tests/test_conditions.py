@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from importlib import metadata
 
+import pytest
+
 from persona_edge.conditions import Conditions, conditions
+from persona_edge.runtime.kernels import default_kernels
 
 
 def test_folders_are_left_out_of_the_command() -> None:
@@ -18,7 +21,20 @@ def test_the_versions_are_those_of_what_is_installed() -> None:
     backends = {"numpy", "llama-cpp-python", "llama-cpp-py-sync", "onnxruntime", "onnxruntime-genai", "torch"}
     assert found.keys() & backends == installed & backends
     assert all(found[name] == metadata.version(name) for name in installed & backends)
-    assert list(found)[:2] == ["persona-edge", "python"]
+    assert list(found)[:3] == ["persona-edge", "kernels", "python"]
+
+
+@pytest.mark.parametrize(("name", "expected"), [("numpy", "in NumPy"), ("c", "in C")])
+def test_the_kernels_are_told_since_one_kind_is_far_slower(
+    name: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name == "c":
+        pytest.importorskip("persona_edge.runtime._kernels", reason="the C kernels did not compile here")
+    monkeypatch.setenv("PERSONA_EDGE_KERNELS", name)
+    default_kernels.cache_clear()
+    assert conditions().versions["kernels"] == expected
+    monkeypatch.undo()
+    default_kernels.cache_clear()
 
 
 def test_a_machine_of_unknown_memory_is_told_without_it() -> None:

@@ -234,6 +234,21 @@ class TestSplit:
             contrast_set(3).split(share)
 
 
+class TestHalves:
+    def test_they_share_no_prompt_and_miss_no_contrast(self) -> None:
+        whole = contrast_set(30)
+        doubled = replace(whole, contrasts=tuple(c for c in whole.contrasts for _ in range(2)))
+        first, second = doubled.halves()
+        assert len(first) == len(second) == 30
+        assert {c.prompt for c in first.contrasts}.isdisjoint(c.prompt for c in second.contrasts)
+        assert first.contrasts == tuple(c for c in doubled.contrasts if c in set(first.contrasts))
+        assert (first, second) == doubled.halves()
+
+    def test_one_prompt_is_both(self) -> None:
+        one = contrast_set(1)
+        assert one.halves() == (one, one)
+
+
 class TestLimit:
     def test_smaller_draws_are_part_of_larger_ones_and_keep_the_order(self) -> None:
         whole = contrast_set(100)

@@ -22,6 +22,7 @@ from persona_edge.effect.prompt_arms import Retriever, describe_pole, retrieval_
 from persona_edge.effect.runtime_engine import RuntimeEngine
 from persona_edge.effect.torch_engine import TorchEngine
 from persona_edge.errors import CalibrationError, InputError, MissingDependencyError
+from persona_edge.growth import expected
 from persona_edge.maskpack import MaskPack, encode_pack
 from persona_edge.masks import PersonaSet, Plane, Pole
 from persona_edge.persona_sets import load_persona_set, shipped_sets
@@ -114,7 +115,7 @@ class TestEveryArm:
     ) -> None:
         for toward in (1, -1):
             arm = arms[name, toward]
-            drift = context.side_effects.drift(arm.active(TorchEngine(context.model)))
+            drift = expected(context.side_effects.drift(arm.active(TorchEngine(context.model))))
             assert 0 < drift.chat_kl <= MAX_CHAT_KL
             assert drift.perplexity_ratio <= MAX_PERPLEXITY_RATIO
             assert arm.facts["tuned_chat_kl"] == pytest.approx(drift.chat_kl, rel=1e-3)

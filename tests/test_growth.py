@@ -15,7 +15,7 @@ from persona_edge.calibration import CalibrationSettings, Calibrator
 from persona_edge.collect import Focus, collect_margins
 from persona_edge.encoding import encode_contrast
 from persona_edge.errors import SelectionError
-from persona_edge.growth import Growth, Limits, cautious, merge_planes, planes_digest
+from persona_edge.growth import Growth, Limits, expected, merge_planes, planes_digest
 from persona_edge.masks import Plane
 from persona_edge.modeling import TorchModel
 from persona_edge.pole_masks import Gates, tensor_damages
@@ -117,9 +117,11 @@ def test_shares_of_limits_and_what_is_used_of_them() -> None:
     assert Limits(None, 0.2).chat_weight == Limits(1.02, None).chat_weight
 
 
-def test_a_lucky_perplexity_does_not_hide_drift() -> None:
-    assert cautious(Drift(0.98, 0.1, 0.02)).perplexity_ratio == pytest.approx(math.exp(0.02))
-    assert cautious(Drift(1.5, 0.1, 0.02)).perplexity_ratio == 1.5
+def test_a_lucky_perplexity_does_not_hide_drift_and_an_unlucky_one_is_not_taken_at_its_word() -> None:
+    assert expected(Drift(0.98, 0.1, 0.02)).perplexity_ratio == pytest.approx(math.exp(0.02))
+    unlucky = expected(Drift(math.exp(0.05), 0.1, 0.02))
+    assert math.log(unlucky.perplexity_ratio) == pytest.approx(0.02 + 0.4 * 0.03)
+    assert expected(Drift(1.5, 0.1)).perplexity_ratio == 1.5
 
 
 def test_planes_merge_by_gate() -> None:

@@ -51,6 +51,24 @@ def test_the_other_axes_stay_where_they_are(gates: Gates) -> None:
     assert 0.5 * mine.moved(close)[0] < gain < mine.moved(close)[0]
 
 
+def test_noisy_benefits_are_balanced_on_other_contrasts() -> None:
+    """What ranks was measured with noise, of which a choice takes what makes its own sum small."""
+    rng = np.random.default_rng(2)
+    own, damage, gates = arrays(rng), arrays(rng, positive=True), Gates()
+    truth = mixed(arrays(rng), own, 0.5)
+    first, second = (mixed(arrays(rng), truth, 1) for _ in range(2))
+    moved = {
+        name: abs(Others([truth]).moved(chosen(own, others, damage, 100, gates))[0])
+        for name, others in (
+            ("not apart", NO_OTHERS),
+            ("one half", Others([first])),
+            ("both", Others([first], [second])),
+        )
+    }
+    assert moved["one half"] > 0.3 * moved["not apart"]
+    assert moved["both"] < 0.2 * moved["one half"]
+
+
 def test_no_better_choice_leaves_the_other_axis_alone() -> None:
     """Against every choice there is, on a dozen units: none gains more within the budget without moving the other."""
     rng = np.random.default_rng(3)

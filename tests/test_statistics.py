@@ -34,11 +34,18 @@ def assert_equal(a: Statistics, b: Statistics) -> None:
 
 def test_merging_adds_sums_and_counts() -> None:
     a, b = statistics(3), statistics(4)
-    both = merge(a, b)
+    both = merge(statistics(3), b)
     assert both.counts == {"batches": 2, "tokens": 7}
     for field in ("z_first", "a_second"):
         for name in a.tensors:
             np.testing.assert_array_equal(both.sums[field][name], a.sums[field][name] + b.sums[field][name])
+
+
+def test_merging_makes_no_second_set_of_arrays() -> None:
+    first = statistics(3)
+    both = merge(first, statistics(4))
+    for field, tensors in first.sums.items():
+        assert all(both.sums[field][name] is values for name, values in tensors.items())
 
 
 def test_nothing_is_neutral_in_a_merge() -> None:

@@ -26,7 +26,7 @@ from persona_edge.contrasts import CalibrationSet
 from persona_edge.encoding import EncodedText
 from persona_edge.errors import CalibrationError, InputError, MissingDependencyError, SelectionError
 from persona_edge.evaluation import BaseBehaviour, mean_kl, measure_base
-from persona_edge.growth import cautious
+from persona_edge.growth import expected
 from persona_edge.masks import PersonaSet
 from persona_edge.modeling import TorchModel
 
@@ -101,7 +101,7 @@ class SideEffects:
         base_web, base_chat = self._base  # before the change
         with change:
             web, chat = mean_kl(self._model, base_web), mean_kl(self._model, base_chat)
-        return cautious(Drift(web.perplexity_ratio, chat.kl_divergence, web.kl_divergence))
+        return Drift(web.perplexity_ratio, chat.kl_divergence, web.kl_divergence)
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def tune(context: ArmContext, knob: Knob) -> BudgetResult:
         context.progress(f"strength of {knob.label}", done, N_TRIALS)
         done += 1
         try:
-            return _cached_drift(context, knob, min(strength, knob.largest))
+            return expected(_cached_drift(context, knob, min(strength, knob.largest)))
         except SelectionError:  # too little for even one unit: nothing changes
             return Drift(1.0, 0.0, 0.0)
 

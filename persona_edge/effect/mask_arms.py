@@ -122,7 +122,7 @@ def paper_arm(context: ArmContext, method: Method, axis_set: CalibrationSet, tow
 
 
 def _maker(context: ArmContext, method: Method, axis_set: CalibrationSet, side: Side) -> PlaneMaker:
-    statistics = context.calibrator.margins(calibration_part(axis_set))
+    statistics = context.calibrator.margins_by_halves(calibration_part(axis_set))
     return paper_planes(context.model, _names(context), statistics, method=method, side=side, gate=0.0)
 
 
