@@ -104,15 +104,29 @@ def prices(
         return price
     for _ in range(SWEEPS):
         for axis in range(len(price)):
-            low, high = -MOST * scale[axis], MOST * scale[axis]
-            for _ in range(HALVINGS):
-                price[axis] = (low + high) / 2
-                _, moves = chosen.take(price)
-                low, high = (price[axis], high) if moved[axis] + moves[axis] > 0 else (low, price[axis])
+            price[axis] = _bisected(chosen, price, axis, scale[axis], moved[axis])
         gain, moves = chosen.take(price)
         if float(np.abs((moved + moves) * scale).max()) < ENOUGH * gain:
             break
     return price
+
+
+def _bisected(chosen: _Candidates, price: NDArray[np.float64], axis: int, scale: float, moved: float) -> float:
+    """The price of `axis`, beside the others', at which it is moved back; 0 where none moves it less than that."""
+
+    def left(own_price: float) -> tuple[float, float]:
+        tried = price.copy()
+        tried[axis] = own_price
+        gain, moves = chosen.take(tried)
+        return moved + float(moves[axis]), gain
+
+    low, high = -MOST * scale, MOST * scale
+    for _ in range(HALVINGS):
+        found = (low + high) / 2
+        low, high = (found, high) if left(found)[0] > 0 else (low, found)
+    free, gain = left(0.0)
+    # With nothing in common between the contrasts that rank and those that check, prices do harm.
+    return found if abs(left(found)[0]) <= abs(free) + ENOUGH * gain / scale else 0.0
 
 
 def _scales(own: Mapping[str, Floats], others: Others) -> NDArray[np.float64]:

@@ -182,8 +182,9 @@ def test_composed_personas_report_the_drift_of_all_their_poles(calibrator: Calib
 
 def test_poles_that_are_composed_leave_each_others_axes_alone(calibrator: Calibrators) -> None:
     one = calibration_set(24)
+    many = [replace(c, prompt=f"{c.prompt} {'again ' * j}") for c in contrasts(12) for j in range(4)]
     half_turned = [
-        replace(c, positive=c.negative, negative=c.positive) if i % 2 else c for i, c in enumerate(contrasts(24))
+        replace(c, positive=c.negative, negative=c.positive) if i // 4 % 2 else c for i, c in enumerate(many)
     ]
     two = CalibrationSet("tiny-XY", "XY", "X", "Y", tuple(half_turned))
     poles = {name: (name,) for name in ("E", "I", "X", "Y")}

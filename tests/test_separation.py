@@ -69,6 +69,16 @@ def test_noisy_benefits_are_balanced_on_other_contrasts() -> None:
     assert moved["both"] < 0.2 * moved["one half"]
 
 
+def test_contrasts_that_have_nothing_in_common_do_no_harm() -> None:
+    rng = np.random.default_rng(4)
+    own, damage, gates = arrays(rng), arrays(rng, positive=True), Gates()
+    first = arrays(rng)
+    opposite = {name: -values for name, values in first.items()}
+    others = Others([mixed(first, own, 0.5)], [mixed(opposite, own, 0.5)])
+    (apart,), (close,) = (chosen(own, each, damage, 100, gates) for each in (others, NO_OTHERS))
+    assert list(apart.positions["a"]) == list(close.positions["a"])
+
+
 def test_no_better_choice_leaves_the_other_axis_alone() -> None:
     """Against every choice there is, on a dozen units: none gains more within the budget without moving the other."""
     rng = np.random.default_rng(3)
