@@ -39,6 +39,7 @@ DEFAULT_CHAT_WEIGHT = 0.15
 LEAST_WEIGHT = 0.1
 SHARE_OF_STYLE = 0.4
 """The share of a perplexity ratio beyond exp(web KL) that other text shows too (docs/method.md)."""
+LARGEST_LOGARITHM = 700.0  # of a model broken beyond what a float's exponential can say
 EARLY_TRIALS = 3
 EARLY_TOLERANCE = 0.25
 MeasureDrift = Callable[[Sequence[Plane]], Drift]
@@ -226,7 +227,8 @@ def expected(drift: Drift) -> Drift:
     if drift.web_kl is None:
         return drift
     beyond = max(0.0, math.log(drift.perplexity_ratio) - drift.web_kl)
-    return replace(drift, perplexity_ratio=math.exp(drift.web_kl + SHARE_OF_STYLE * beyond))
+    logarithm = drift.web_kl + SHARE_OF_STYLE * beyond
+    return replace(drift, perplexity_ratio=math.exp(logarithm) if logarithm < LARGEST_LOGARITHM else math.inf)
 
 
 def merge_planes(first: Sequence[Plane], second: Sequence[Plane]) -> tuple[Plane, ...]:

@@ -122,6 +122,8 @@ def test_a_lucky_perplexity_does_not_hide_drift_and_an_unlucky_one_is_not_taken_
     unlucky = expected(Drift(math.exp(0.05), 0.1, 0.02))
     assert math.log(unlucky.perplexity_ratio) == pytest.approx(0.02 + 0.4 * 0.03)
     assert expected(Drift(1.5, 0.1)).perplexity_ratio == 1.5
+    for broken in (Drift(math.inf, 1.0, 3.0), Drift(2.0, 1.0, 1e4), Drift(math.nan, 1.0, math.nan)):
+        assert expected(broken).perplexity_ratio == math.inf
 
 
 def test_planes_merge_by_gate() -> None:
