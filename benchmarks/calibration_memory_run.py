@@ -158,7 +158,7 @@ def _grow(calibrator: Calibrator, damages: Any, drift: Any, contrasts: Calibrati
         calibrator, damages, drift, limits=Limits(1e6, 1e6), gates=Gates(), granularity=32,
         n_steps=2, n_trials=1, n_contrasts=len(contrasts), progress=silent,
     )  # fmt: skip
-    growth.grow(contrasts, calibrator.margins(contrasts), "positive", "A")
+    growth.grow(contrasts, calibrator.gate_benefits(contrasts), "positive", "A")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ from persona_edge.masks import Granularity, PersonaSet, Plane, Pole
 from persona_edge.persona_sets import PersonaSpec
 from persona_edge.pole_masks import Gates, Method, PlaneMaker, Side, fisher_planes, paper_planes, tensor_damages
 from persona_edge.separation import NO_OTHERS, Others
-from persona_edge.statistics import Statistics
 from persona_edge.tensor_filter import filter_tensors
 
 __all__ = ["BuildSettings", "build_personas"]
@@ -148,37 +147,39 @@ class _Builder:
         mine = {axis_set.positive_pole, axis_set.negative_pole}
         partners = {pole for poles in self.spec.personas.values() if mine.intersection(poles) for pole in poles} - mine
         halves = [
-            other.split()[0].halves()
+            self.calibrator.benefits_of_halves(other.split()[0])
             for other in self.spec.sets
             if partners.intersection((other.positive_pole, other.negative_pole))
         ]
-        benefits = self.calibrator.gate_benefits
-        return Others([benefits(half) for half, _ in halves], [benefits(half) for _, half in halves])
+        return Others([benefits[0] for benefits in halves], [benefits[-1] for benefits in halves])
 
     def _grow(self, calibration: CalibrationSet, side: Side, name: str, others: Others) -> Grown:
-        """The planes at the amount asked for, or as many as the limits allow.
-
-        The axis's statistics are on the disk after the first pole. No name holds them here, so that a mask that grows
-        in steps can let go of them: of an 8B model they are 0.9 GB.
-        """
+        """The planes at the amount asked for, or as many as the limits allow."""
         settings = self.settings
-        margins = self.calibrator.margins_by_halves
         amount = settings.budget if settings.density is None else settings.density
         if amount is None:
             growth = self._growth
-            return growth.grow(calibration, margins(calibration), side, name, others=others)
-        planes = self._maker(margins(calibration), side, others)(amount)
+            benefits = self.calibrator.benefits_by_halves(calibration)
+            return growth.grow(calibration, benefits, side, name, others=others)
+        planes = self._maker(calibration, side, others)(amount)
         return fixed(planes, amount, self._drift(planes))
 
-    def _maker(self, statistics: Statistics, side: Side, others: Others) -> PlaneMaker:
+    def _maker(self, calibration: CalibrationSet, side: Side, others: Others) -> PlaneMaker:
         settings = self.settings
         if settings.method != "contrastive-fisher":
+            statistics = self.calibrator.margins_by_halves(calibration)
             return paper_planes(
                 self.model, self.names, statistics, method=settings.method, side=side, gate=settings.suppress_gate
             )
         damage = self._growth.damages.weighted(1.0, self._limits.chat_weight)
         ranked = fisher_planes(
-            statistics, damage, side, self._gates, settings.granularity, others=others, budget=settings.budget or 0.0
+            self.calibrator.benefits_by_halves(calibration),
+            damage,
+            side,
+            self._gates,
+            settings.granularity,
+            others=others,
+            budget=settings.budget or 0.0,
         )
         return ranked.take_density if settings.density is not None else ranked.take
 

@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+
 from persona_edge.cache import cache_folder, writing_to
 from persona_edge.collect import Focus, collect_damage, collect_margins
 from persona_edge.contrasts import CalibrationSet
@@ -145,26 +147,34 @@ class Calibrator:
         return self._sum(label or f"contrasts {calibration_set.axis}", place, [len(g) for g in groups], one)
 
     def margins_by_halves(self, calibration_set: CalibrationSet) -> Statistics:
-        """The same as `margins`, computed and kept by halves, so that each half's can be had too (`gate_benefits`)."""
-        first, second = calibration_set.halves()
-        if first is second:
-            return self.margins(calibration_set)
-        axis = calibration_set.axis
-        return merge(
-            self.margins(first, label=f"contrasts {axis}, first half"),
-            self.margins(second, label=f"contrasts {axis}, second half"),
-        )
+        """The same as `margins`, computed and kept by halves, as `benefits_by_halves` does."""
+        first, *second = (self.margins(half, label=label) for half, label in _halves(calibration_set))
+        return merge(first, *second) if second else first
 
-    def gate_benefits(self, calibration_set: CalibrationSet) -> PerTensor:
+    def gate_benefits(
+        self, calibration_set: CalibrationSet, *, focus: Focus | None = None, mask: str = "", label: str = ""
+    ) -> PerTensor:
         """What closing each gate does toward the positive pole, mean over contrasts, per tensor; measured if need be.
 
-        Read from the disk each time it is asked for: it is looked at beside another axis's (separation.py), and of an
-        8B model takes 0.9 GB.
+        Options are those of `margins`. Read from the disk each time it is asked for: benefits are looked at beside
+        other axes' (separation.py) and earlier steps' (growth.py), and of an 8B model are 0.9 GB each.
         """
-        self.margins(calibration_set)
-        place = self._margin_place(calibration_set, self._contrast_batches(calibration_set))
+        self.margins(calibration_set, focus=focus, mask=mask, label=label)
+        place = self._margin_place(calibration_set, self._contrast_batches(calibration_set), focus, mask)
         gradients = stored_means(place.path, place.key, "gate_gradient", "contrasts")
         return PerTensor(gradients, lambda name: suppression_benefit(gradients[name]))
+
+    def benefits_by_halves(self, calibration_set: CalibrationSet) -> PerTensor:
+        """The same as `gate_benefits`, from the two halves'."""
+        first, *second = self.benefits_of_halves(calibration_set)
+        if not second:
+            return first
+        share = np.float32(len(calibration_set.halves()[0]) / len(calibration_set))
+        return PerTensor(first, lambda name: share * first[name] + (1 - share) * second[0][name])
+
+    def benefits_of_halves(self, calibration_set: CalibrationSet) -> list[PerTensor]:
+        """The `gate_benefits` of both halves; of the set alone when it cannot be halved."""
+        return [self.gate_benefits(half, label=label) for half, label in _halves(calibration_set)]
 
     def damage(self) -> DamageStatistics:
         """Damage statistics on the shipped neutral passages and on the model's answers to the neutral prompts."""
@@ -274,6 +284,15 @@ class Calibrator:
 
     def _key(self, what: Mapping[str, object]) -> dict[str, object]:
         return {**self._base_key, **what}
+
+
+def _halves(calibration_set: CalibrationSet) -> list[tuple[CalibrationSet, str]]:
+    """Both halves and what progress calls them; the set alone when it cannot be halved."""
+    first, second = calibration_set.halves()
+    axis = calibration_set.axis
+    if first is second:
+        return [(calibration_set, f"contrasts {axis}")]
+    return [(first, f"contrasts {axis}, first half"), (second, f"contrasts {axis}, second half")]
 
 
 def read_json(path: Path, key: Mapping[str, object]) -> object:

@@ -3,8 +3,9 @@
 One gradient at the unmasked model says what closing a gate does while every other gate is open. Thousands of gates
 close together, so after the best of them the others' benefits have changed, and contrasts that are already won still
 pull. Hence steps: a step's benefits are measured with the mask of the steps before it, on contrasts weighted by how far
-they are from won (`collect.Focus`), and its budget is found by measured drift (budget_search.py). Every step spends up
-to its share of both limits; damage on chat counts more or less beside damage on web text, as drift so far has shown.
+they are from won (`collect.Focus`). Being of few contrasts, they are noisy; the earlier steps', of others, steady them.
+A step's budget is found by measured drift (budget_search.py): it spends up to its share of both limits. Damage on chat
+counts more or less beside damage on web text, as drift so far has shown.
 
 One step wins as many contrasts with half the groups; but what it makes of free replies repeats itself (docs/method.md).
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -28,9 +29,9 @@ from persona_edge.contrasts import CalibrationSet
 from persona_edge.errors import SelectionError
 from persona_edge.masked_model import masked
 from persona_edge.masks import Granularity, Plane
+from persona_edge.per_tensor import PerTensor
 from persona_edge.pole_masks import Damages, Gates, Side, fisher_planes
 from persona_edge.separation import NO_OTHERS, Others
-from persona_edge.statistics import Statistics
 
 __all__ = ["Grown", "Growth", "Limits", "expected", "fixed", "merge_planes", "planes_digest"]
 
@@ -42,7 +43,10 @@ SHARE_OF_STYLE = 0.4
 LARGEST_LOGARITHM = 700.0  # of a model broken beyond what a float's exponential can say
 EARLY_TRIALS = 3
 EARLY_TOLERANCE = 0.25
+CARRIED = 0.7
+"""What the benefits of the steps before count beside a step's own, both scaled to one size (docs/method.md)."""
 MeasureDrift = Callable[[Sequence[Plane]], Drift]
+Benefits = Mapping[str, NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ class Growth:
     def grow(
         self,
         contrasts: CalibrationSet,
-        statistics: Statistics,
+        benefits: Benefits,
         side: Side,
         label: str,
         *,
@@ -136,39 +140,38 @@ class Growth:
     ) -> Grown:
         """The mask of one pole, which leaves the axes `others` where they are (separation.py).
 
-        `statistics` are the margins' on the unmasked model; both poles share them. Raises SelectionError when no step
-        finds anything within its limits.
+        `benefits` are those of the unmasked model toward the positive pole, per tensor; both poles share them. Raises
+        SelectionError when no step finds anything within its limits.
         """
         grown = Grown((), Drift(1.0, 0.0, 0.0))
         aim = _Aim(side, label, others)
         for step in range(self.n_steps):
             last = step + 1 == self.n_steps
             if grown.planes:
-                del statistics  # 0.9 GB of an 8B model, while the next ones are gathered
-                statistics = self._measure_again(contrasts, grown, aim, step)
+                benefits = _carried(benefits, self._measure_again(contrasts, grown, aim, step))
             try:
-                grown = self._step(grown, statistics, aim, step)
+                grown = self._step(grown, benefits, aim, step)
             except SelectionError:  # nothing (more) fits into this step's share of the limits
                 if last and not grown.planes:
                     raise
         return grown
 
-    def _measure_again(self, contrasts: CalibrationSet, grown: Grown, aim: _Aim, step: int) -> Statistics:
+    def _measure_again(self, contrasts: CalibrationSet, grown: Grown, aim: _Aim, step: int) -> Benefits:
         toward: Literal[1, -1] = 1 if aim.side == "positive" else -1
         some = contrasts.limit(self.n_contrasts, seed=step)
         with masked(self.calibrator.model, grown.planes):
-            return self.calibrator.margins(
+            return self.calibrator.gate_benefits(
                 some,
                 focus=Focus(toward),
                 mask=planes_digest(grown.planes),
                 label=f"contrasts {aim.label}, step {step + 1}",
             )
 
-    def _step(self, grown: Grown, statistics: Statistics, aim: _Aim, step: int) -> Grown:
+    def _step(self, grown: Grown, benefits: Benefits, aim: _Aim, step: int) -> Grown:
         last = step + 1 == self.n_steps
         damage = self.damages.weighted(*self._weights(grown.drift))
         ranked = fisher_planes(
-            statistics,
+            benefits,
             damage,
             aim.side,
             self.gates,
@@ -229,6 +232,16 @@ def expected(drift: Drift) -> Drift:
     beyond = max(0.0, math.log(drift.perplexity_ratio) - drift.web_kl)
     logarithm = drift.web_kl + SHARE_OF_STYLE * beyond
     return replace(drift, perplexity_ratio=math.exp(logarithm) if logarithm < LARGEST_LOGARITHM else math.inf)
+
+
+def _carried(before: Benefits, now: Benefits) -> Benefits:
+    """A step's benefits with those of the steps before, which tell less of the masked model but have less noise."""
+    share = np.float32(CARRIED * _size(now) / max(_size(before), 1e-30))
+    return PerTensor(now, lambda name: now[name] + share * before[name])
+
+
+def _size(benefits: Benefits) -> float:
+    return math.sqrt(sum(float(np.square(values, dtype=np.float64).sum()) for values in benefits.values()))
 
 
 def merge_planes(first: Sequence[Plane], second: Sequence[Plane]) -> tuple[Plane, ...]:

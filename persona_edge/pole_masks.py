@@ -23,7 +23,6 @@ from persona_edge.scores import (
     contrastive_wanda_scores,
     gate_fisher_damage,
     kfac_group_damage,
-    suppression_benefit,
     wanda_scores,
     weighted_damage,
 )
@@ -94,7 +93,7 @@ def _text_damage(
 
 
 def fisher_planes(
-    margins: Statistics,
+    benefits: Mapping[str, Floats],
     damage: Mapping[str, Floats],
     side: Side,
     gates: Gates,
@@ -106,22 +105,22 @@ def fisher_planes(
 ) -> RankedPlanes:
     """Units ranked by benefit per damage for one pole (contrastive-fisher); cut it at a budget or a density.
 
+    `benefits` are what closing each gate does toward the positive pole, nats of margin, (n_rows, n_units) per tensor.
     Units of the planes `gated` stay out. A unit has a price of its own besides its damage, 1 / n_units nats: units with
     next to no damage and next to no benefit would fill half of the pack for a hundredth of the effect. What it moves on
     the axes `others` has a price too (separation.py), worked out for a cut at `budget`.
     """
-    gradient = margins.mean("gate_gradient", "contrasts")
     sign = np.float32(1 if side == "positive" else -1)
 
     def benefit(name: str) -> Floats:
-        found = suppression_benefit(sign * gradient[name])
+        found = sign * benefits[name]
         for plane in gated:
             if name in plane.positions:
                 np.put(found, plane.positions[name], 0)
         return found
 
     own = PerTensor(damage, benefit)
-    epsilon = 1 / sum(margins.sums["gate_gradient"][name].size for name in damage)
+    epsilon = 1 / sum(benefits[name].size for name in damage)
     price = prices(
         own,
         others,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,6 +60,12 @@ def assert_identical(a: Statistics, b: Statistics) -> None:
     for field, tensors in a.sums.items():
         for name, values in tensors.items():
             np.testing.assert_array_equal(values, b.sums[field][name], err_msg=f"{field} {name}")
+
+
+def assert_same(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> None:
+    assert list(a) == list(b)
+    for name, values in a.items():
+        np.testing.assert_array_equal(values, b[name], err_msg=name)
 
 
 def make(
@@ -223,14 +229,18 @@ def test_margins_by_halves_are_the_margins_and_are_kept_by_halves(model: TorchMo
             np.testing.assert_allclose(found.sums[field][name], values, rtol=1e-4, atol=1e-4 * np.abs(values).max())
     calls: list[str] = []
     maker = make(model, tmp_path, progress=lambda label, done, total: calls.append(label))
-    for half in items.halves():
-        maker.gate_benefits(half)
+    assert len(maker.benefits_of_halves(items)) == 2
+    benefits = maker.benefits_by_halves(items)
+    gradient = whole.mean("gate_gradient", "contrasts")
+    for name, values in benefits.items():
+        np.testing.assert_allclose(values, -gradient[name], rtol=1e-4, atol=1e-4 * np.abs(gradient[name]).max())
     assert not calls  # read, not measured
 
 
 def test_one_contrast_has_no_halves(model: TorchModel, tmp_path: Path) -> None:
     one = calibration_set(1)
     assert make(model, tmp_path).margins_by_halves(one).counts["contrasts"] == 1
+    assert_same(make(model, tmp_path).benefits_by_halves(one), make(model, tmp_path).gate_benefits(one))
 
 
 def test_progress_ends_at_its_total(model: TorchModel, tmp_path: Path) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ from persona_edge.errors import SelectionError
 from persona_edge.growth import Growth, Limits, expected, merge_planes, planes_digest
 from persona_edge.masks import Plane
 from persona_edge.modeling import TorchModel
-from persona_edge.pole_masks import Gates, tensor_damages
+from persona_edge.per_tensor import PerTensor
+from persona_edge.pole_masks import Gates, fisher_planes, tensor_damages
 from tests.tiny_models import calibration_set, contrasts, load, one_thread, save_folder  # noqa: F401 - a fixture
 
 FAST = CalibrationSettings(neutral_tokens=24, answer_tokens=6, max_batch_tokens=2048)
@@ -64,8 +66,8 @@ def growth(calibrator: Calibrator, drift: Drift | None = None, n_steps: int = 3)
 
 def test_every_step_adds_groups_up_to_its_share_of_the_limits(calibrator: Calibrator) -> None:
     items = calibration_set(24)
-    statistics = calibrator.margins(items)
-    grown = [growth(calibrator, n_steps=n)[0].grow(items, statistics, "positive", "E") for n in (1, 3)]
+    benefits = calibrator.gate_benefits(items)
+    grown = [growth(calibrator, n_steps=n)[0].grow(items, benefits, "positive", "E") for n in (1, 3)]
     one, three = (sum(p.n_positions for p in g.planes) for g in grown)
     most = math.log(1.03) / 1e-4
     assert 0.5 * most < one <= most
@@ -80,10 +82,10 @@ def test_later_steps_measure_the_model_as_masked_so_far(
     calibrator: Calibrator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     items = calibration_set(24)
-    statistics = calibrator.margins(items)
+    benefits = calibrator.gate_benefits(items)
     before = {name: tensor.clone() for name, tensor in calibrator.model.model.state_dict().items()}
     seen: list[tuple[int, int]] = []
-    margins = Calibrator.margins
+    margins = Calibrator.gate_benefits
 
     def watch(self: Calibrator, contrasts: object, **options: object) -> object:
         state = self.model.model.state_dict()
@@ -91,8 +93,8 @@ def test_later_steps_measure_the_model_as_masked_so_far(
         seen.append((changed, len(contrasts)))  # type: ignore[arg-type]
         return margins(self, contrasts, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Calibrator, "margins", watch)
-    growth(calibrator)[0].grow(items, statistics, "negative", "I")
+    monkeypatch.setattr(Calibrator, "gate_benefits", watch)
+    growth(calibrator)[0].grow(items, benefits, "negative", "I")
     assert len(seen) == 2
     assert 0 < seen[0][0] < seen[1][0]
     assert [n for _, n in seen] == [8, 8]
@@ -100,11 +102,42 @@ def test_later_steps_measure_the_model_as_masked_so_far(
     assert all(bool((tensor == before[name]).all()) for name, tensor in state.items())
 
 
+def test_later_steps_carry_what_earlier_ones_measured(calibrator: Calibrator, monkeypatch: pytest.MonkeyPatch) -> None:
+    items = calibration_set(24)
+    measured: list[dict[str, np.ndarray]] = [dict(calibrator.gate_benefits(items))]
+    ranked: list[dict[str, np.ndarray]] = []
+    measure, rank = Calibrator.gate_benefits, fisher_planes
+
+    def watch_measuring(self: Calibrator, *arguments: Any, **options: Any) -> PerTensor:
+        found = measure(self, *arguments, **options)
+        measured.append(dict(found))
+        return found
+
+    def watch_ranking(benefits: Mapping[str, np.ndarray], *arguments: Any, **options: Any) -> Any:
+        ranked.append(dict(benefits))
+        return rank(benefits, *arguments, **options)
+
+    monkeypatch.setattr(Calibrator, "gate_benefits", watch_measuring)
+    monkeypatch.setattr("persona_edge.growth.fisher_planes", watch_ranking)
+    growth(calibrator)[0].grow(items, measured[0], "positive", "E")
+    assert (len(measured), len(ranked)) == (3, 3)
+
+    def flat(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        return np.concatenate([values.ravel() for values in arrays.values()]).astype(np.float64)
+
+    expected = flat(measured[0])
+    np.testing.assert_array_equal(flat(ranked[0]), expected)
+    for step in (1, 2):
+        now = flat(measured[step])
+        expected = now + 0.7 * np.linalg.norm(now) / np.linalg.norm(expected) * expected
+        np.testing.assert_allclose(flat(ranked[step]), expected, rtol=1e-4, atol=1e-6 * np.abs(expected).max())
+
+
 def test_a_model_that_breaks_at_once_is_an_error(calibrator: Calibrator) -> None:
     items = calibration_set(24)
     grower, _ = growth(calibrator, Drift(5.0, 9.0, 2.0))
     with pytest.raises(SelectionError):
-        grower.grow(items, calibrator.margins(items), "positive", "E")
+        grower.grow(items, calibrator.gate_benefits(items), "positive", "E")
 
 
 def test_shares_of_limits_and_what_is_used_of_them() -> None:

@@ -100,32 +100,35 @@ def test_damage_without_tokens_is_an_error(model: TorchModel) -> None:
 
 
 def test_units_that_are_gated_already_stay_out(model: TorchModel) -> None:
-    margins, damage = fisher_inputs(model)
-    first = fisher_planes(margins, damage, "positive", Gates(), 32).take_density(0.1)
-    second = fisher_planes(margins, damage, "positive", Gates(), 32, gated=first).take_density(0.1)
+    benefits, damage = fisher_inputs(model)
+    first = fisher_planes(benefits, damage, "positive", Gates(), 32).take_density(0.1)
+    second = fisher_planes(benefits, damage, "positive", Gates(), 32, gated=first).take_density(0.1)
     assert n_overlapping(first[0].positions, second[0].positions) == 0
 
 
-def fisher_inputs(model: TorchModel) -> tuple[Statistics, Mapping[str, Floats]]:
+def fisher_inputs(model: TorchModel) -> tuple[Mapping[str, Floats], Mapping[str, Floats]]:
+    """Benefits toward the positive pole and damage, per tensor."""
     statistics = DamageStatistics(damage_statistics(model, 1), damage_statistics(model, 2))
-    return margin_statistics(model), tensor_damages(model, NAMES, statistics).weighted(1, 1)
+    gradients = margin_statistics(model).mean("gate_gradient", "contrasts")
+    benefits = {name: -gradients[name] for name in gradients}
+    return benefits, tensor_damages(model, NAMES, statistics).weighted(1, 1)
 
 
 def test_fisher_takes_the_groups_whose_closing_raises_the_margin_within_the_budget(model: TorchModel) -> None:
-    margins, damage = fisher_inputs(model)
+    benefits, damage = fisher_inputs(model)
     for side, sign in (("positive", 1), ("negative", -1)):
-        chosen = positions(fisher_planes(margins, damage, cast(Side, side), Gates(), 32).take(1.0))
+        chosen = positions(fisher_planes(benefits, damage, cast(Side, side), Gates(), 32).take(1.0))
         assert 0.9 < sum_over(damage, chosen) <= 1.0
         for name, at in chosen.items():
-            assert (sign * margins.sums["gate_gradient"][name].ravel()[at] < 0).all()
+            assert (sign * benefits[name].ravel()[at] > 0).all()
 
 
 def test_fisher_prefers_more_benefit_per_damage(model: TorchModel) -> None:
-    margins, damage = fisher_inputs(model)
-    chosen = positions(fisher_planes(margins, damage, "positive", Gates(), 32).take(1.0))
+    benefits, damage = fisher_inputs(model)
+    chosen = positions(fisher_planes(benefits, damage, "positive", Gates(), 32).take(1.0))
     taken, left = [], []
     for name in NAMES:
-        ratio = (-margins.sums["gate_gradient"][name] / 20 / (damage[name] + 1e-10)).ravel()
+        ratio = (benefits[name] / (damage[name] + 1e-10)).ravel()
         inside = np.isin(np.arange(ratio.size), chosen[name])
         taken.append(ratio[inside])
         left.append(ratio[~inside])
@@ -133,8 +136,8 @@ def test_fisher_prefers_more_benefit_per_damage(model: TorchModel) -> None:
 
 
 def test_the_poles_of_fisher_and_sparse_are_disjoint(model: TorchModel) -> None:
-    margins, damage = fisher_inputs(model)
-    ranked = [positions(fisher_planes(margins, damage, side, Gates(), 32).take_density(0.4)) for side in SIDES]
+    benefits, damage = fisher_inputs(model)
+    ranked = [positions(fisher_planes(benefits, damage, side, Gates(), 32).take_density(0.4)) for side in SIDES]
     assert n_overlapping(*ranked) == 0
     sparse = [make(model, "contrastive-sparse", side, 0.3) for side in SIDES]
     assert n_overlapping(*sparse) == 0
@@ -142,12 +145,12 @@ def test_the_poles_of_fisher_and_sparse_are_disjoint(model: TorchModel) -> None:
 
 
 def test_amplified_groups_help_the_pole_too(model: TorchModel) -> None:
-    margins, damage = fisher_inputs(model)
-    suppress, amplify = fisher_planes(margins, damage, "positive", Gates(0.25, 2.0), 32).take(1.0)
+    benefits, damage = fisher_inputs(model)
+    suppress, amplify = fisher_planes(benefits, damage, "positive", Gates(0.25, 2.0), 32).take(1.0)
     assert (suppress.gate, amplify.gate) == (0.25, 2.0)
-    for plane, sign in ((suppress, -1), (amplify, 1)):
+    for plane, sign in ((suppress, 1), (amplify, -1)):
         for name, at in plane.positions.items():
-            assert (sign * margins.sums["gate_gradient"][name].ravel()[at] > 0).all()
+            assert (sign * benefits[name].ravel()[at] > 0).all()
 
 
 def make(model: TorchModel, method: Method, side: Side, amount: float) -> Mapping[str, NDArray[np.uint32]]:
