@@ -29,13 +29,15 @@ class CheckReport:
     has_errors: bool
 
 
-def check_report(contrasts: CalibrationSet, rules: Rules) -> CheckReport:
-    """The set's name and measures, a line for each finding, and a verdict."""
-    findings = check_set(contrasts, rules)
+def check_report(
+    contrasts: CalibrationSet, rules: Rules, *, more: Sequence[str] = (), found: Sequence[Finding] = ()
+) -> CheckReport:
+    """The set's name and measures, a line for each finding, and a verdict; `more` measures and `found` come on top."""
+    findings = (*check_set(contrasts, rules), *found)
     lines = (
         f"{_printable(contrasts.axis)}: {_printable(contrasts.positive_pole)} against "
         f"{_printable(contrasts.negative_pole)}",
-        *(f"  {line}" for line in _measure_lines(measure(contrasts), len(contrasts))),
+        *(f"  {line}" for line in (*_measure_lines(measure(contrasts), len(contrasts)), *map(_printable, more))),
         *(_printable(_finding_line(finding)) for finding in findings),
         _verdict(findings),
     )

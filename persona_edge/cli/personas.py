@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from persona_edge.cli.progress import ProgressLine, StageProgress
+
+if TYPE_CHECKING:
+    from persona_edge.contrasts import CalibrationSet
+    from persona_edge.set_checker import Rules
+    from persona_edge.set_report import CheckReport
 
 __all__ = ["personas"]
 
@@ -50,22 +56,44 @@ def show(*, name: str, n_shown: int, seed: int) -> None:
     "--contrasts", "n_contrasts", type=click.IntRange(min=1), help="How many there have to be.  [default: 40]"
 )
 @click.option("--any-length", is_flag=True, help="Leave out lengths, for an axis whose poles differ in length.")
+@click.option("--model", help="Also ask this model how plain and how even the answers are: a name, a GGUF, a folder.")
 @click.pass_context
-def check(context: click.Context, *, name: str, n_contrasts: int | None, any_length: bool) -> None:
+def check(context: click.Context, *, name: str, n_contrasts: int | None, any_length: bool, model: str | None) -> None:
     """Hold the contrasts of FILE, or of a set that ships, to the rules. Exit code 1 when one is broken.
 
-    Contrasts are numbered from 1 in the order of the file, without its header.
+    Contrasts are numbered from 1 in the order of the file, without its header. With --model, answers that the model
+    would hardly give itself, and pairs of which it much prefers one, are warned of.
     """
     from persona_edge.persona_sets import load_persona_set
     from persona_edge.set_checker import Rules
     from persona_edge.set_report import check_report
 
     rules = Rules(min_contrasts=n_contrasts or Rules.min_contrasts, equal_lengths=not any_length)
-    reports = [check_report(item, rules) for item in load_persona_set(name).sets]
+    sets = load_persona_set(name).sets
+    reports = [check_report(item, rules) for item in sets] if model is None else _asked(model, sets, rules)
     for report in reports:
         for line in report.lines:
             click.echo(line)
     context.exit(1 if any(report.has_errors for report in reports) else 0)
+
+
+def _asked(argument: str, sets: Sequence[CalibrationSet], rules: Rules) -> list[CheckReport]:
+    """Reports with what the model says of the answers."""
+    from persona_edge.export import weights_of
+    from persona_edge.modeling import load_torch_model, require_offline
+    from persona_edge.plainness import measure_plainness, plainness_findings, plainness_lines
+    from persona_edge.set_report import check_report
+
+    require_offline()  # before anything is fetched
+    with ProgressLine() as progress:
+        weights = weights_of(argument, progress)
+    model = load_torch_model(weights, name=weights.stem)
+    reports = []
+    for item in sets:
+        found = measure_plainness(model, item)
+        more = plainness_lines(found, model.name)
+        reports.append(check_report(item, rules, more=more, found=plainness_findings(found)))
+    return reports
 
 
 @personas.command(short_help="Write a set from answers, descriptions or a character card.")
