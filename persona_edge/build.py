@@ -158,9 +158,8 @@ class _Builder:
         settings = self.settings
         amount = settings.budget if settings.density is None else settings.density
         if amount is None:
-            growth = self._growth
             benefits = self.calibrator.benefits_by_halves(calibration)
-            return growth.grow(calibration, benefits, side, name, others=others)
+            return self._growth.grow(calibration, benefits, side, name, others=others)
         planes = self._maker(calibration, side, others)(amount)
         return fixed(planes, amount, self._drift(planes))
 

@@ -154,10 +154,11 @@ class Calibrator:
     def gate_benefits(
         self, calibration_set: CalibrationSet, *, focus: Focus | None = None, mask: str = "", label: str = ""
     ) -> PerTensor:
-        """What closing each gate does toward the positive pole, mean over contrasts, per tensor; measured if need be.
+        """What closing each gate does toward the positive pole, mean over contrasts; measured if need be.
 
-        Options are those of `margins`. Read from the disk each time it is asked for: benefits are looked at beside
-        other axes' (separation.py) and earlier steps' (growth.py), and of an 8B model are 0.9 GB each.
+        Nats of margin, (n_rows, n_units) per tensor; options are those of `margins`. Read from the disk each time it is
+        asked for: benefits are looked at beside other axes' (separation.py) and earlier steps' (growth.py), and of an
+        8B model are 0.9 GB each.
         """
         self.margins(calibration_set, focus=focus, mask=mask, label=label)
         place = self._margin_place(calibration_set, self._contrast_batches(calibration_set), focus, mask)

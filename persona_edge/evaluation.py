@@ -35,6 +35,11 @@ class AnswerScores:
     positive_tokens: NDArray[np.int64]
     negative_tokens: NDArray[np.int64]
 
+    @property
+    def levels(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """The mean log-probability per token of the positive and of the negative answers, nats, (n_contrasts,) each."""
+        return self.positive / self.positive_tokens, self.negative / self.negative_tokens
+
 
 @dataclass(frozen=True)
 class MarginResult:
@@ -78,7 +83,7 @@ def score_answers(model: TorchModel, pairs: Sequence[ContrastPair], *, max_token
 
 def summarize(scores: AnswerScores) -> MarginResult:
     """The shares and levels of `MarginResult`; a tie counts one half."""
-    positive, negative = scores.positive / scores.positive_tokens, scores.negative / scores.negative_tokens
+    positive, negative = scores.levels
     return MarginResult(
         n_contrasts=len(positive),
         share_summed=_share(scores.positive - scores.negative),

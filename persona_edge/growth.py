@@ -140,8 +140,8 @@ class Growth:
     ) -> Grown:
         """The mask of one pole, which leaves the axes `others` where they are (separation.py).
 
-        `benefits` are those of the unmasked model toward the positive pole, per tensor; both poles share them. Raises
-        SelectionError when no step finds anything within its limits.
+        `benefits` are those of the unmasked model toward the positive pole (`Calibrator.gate_benefits`), which both
+        poles share. Raises SelectionError when no step finds anything within its limits.
         """
         grown = Grown((), Drift(1.0, 0.0, 0.0))
         aim = _Aim(side, label, others)

@@ -6,7 +6,7 @@ teach it a style instead of a pole, and a side that it prefers anyway tilts the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import fields
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -16,9 +16,14 @@ from persona_edge.contrasts import CalibrationSet
 from persona_edge.set_checker import Finding
 
 if TYPE_CHECKING:
+    from persona_edge.calibration import Progress
+    from persona_edge.evaluation import AnswerScores
     from persona_edge.modeling import TorchModel
 
-__all__ = ["Plainness", "measure_plainness", "plainness_findings", "plainness_lines"]
+__all__ = ["plainness_findings", "plainness_lines", "score_set"]
+
+AT_ONCE: Final = 32
+"""Contrasts between two reports of progress."""
 
 ENOUGH: Final = 10
 """From this many contrasts on, shares and means are judged."""
@@ -30,67 +35,53 @@ LEAST_LEVEL: Final = -4.0
 """The mean level below which the MBTI sets made worse masks of a 135M model; larger models lie higher."""
 
 
-@dataclass(frozen=True)
-class Plainness:
-    """Mean log-probability per token of both answers of each contrast, nats, (n_contrasts,) each."""
-
-    positive: NDArray[np.float64]
-    negative: NDArray[np.float64]
-
-    @property
-    def margins(self) -> NDArray[np.float64]:
-        """Positive minus negative, (n_contrasts,)."""
-        return self.positive - self.negative
-
-
-def measure_plainness(model: TorchModel, contrasts: CalibrationSet) -> Plainness:
-    """The levels of all answers under `model`. CalibrationError for a set without contrasts."""
+def score_set(model: TorchModel, contrasts: CalibrationSet, progress: Progress) -> AnswerScores:
+    """Both answers of every contrast under `model`. CalibrationError for a set without contrasts."""
     from persona_edge.encoding import encode_contrast
-    from persona_edge.evaluation import score_answers
+    from persona_edge.evaluation import AnswerScores, score_answers
 
     pairs = [encode_contrast(model.tokenizer, contrast, i) for i, contrast in enumerate(contrasts.contrasts)]
-    scores = score_answers(model, pairs)
-    return Plainness(scores.positive / scores.positive_tokens, scores.negative / scores.negative_tokens)
+    parts = []
+    for start in range(0, max(len(pairs), 1), AT_ONCE):
+        progress(f"answers {contrasts.axis}", start, len(pairs))
+        parts.append(score_answers(model, pairs[start : start + AT_ONCE]))
+    progress(f"answers {contrasts.axis}", len(pairs), len(pairs))
+    return AnswerScores(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(AnswerScores)))
 
 
-def plainness_lines(found: Plainness, model_name: str) -> tuple[str, ...]:
-    """Level, balance and spread in words."""
-    margins = found.margins
+def plainness_lines(scores: AnswerScores, model_name: str) -> tuple[str, str]:
+    """Levels, balance and spread in words."""
+    from persona_edge.evaluation import summarize
+
+    found = summarize(scores)
+    positive, negative = scores.levels
     return (
-        f"under {model_name}: {found.positive.mean():.2f} and {found.negative.mean():.2f} nats per token",
-        f"prefers the positive answer in {(margins > 0).mean():.0%} (50% is even); "
-        f"margins {margins.mean():+.2f}, spread {margins.std():.2f}",
+        f"under {model_name}: {found.mean_positive:.2f} and {found.mean_negative:.2f} nats per token",
+        f"prefers the positive answer in {found.share_mean:.0%} (50% is even); "
+        f"margins {found.mean_margin:+.2f}, spread {(positive - negative).std():.2f}",
     )
 
 
-def plainness_findings(found: Plainness) -> tuple[Finding, ...]:
+def plainness_findings(scores: AnswerScores) -> tuple[Finding, ...]:
     """Warnings, never errors: another model would judge otherwise."""
-    warnings = []
-    margins = found.margins
-    level = float(np.concatenate([found.positive, found.negative]).mean())
-    if len(margins) >= ENOUGH:
-        if level < LEAST_LEVEL:
-            message = f"{level:.2f} nats per token is far from how this model talks; answer in plainer words"
-            warnings.append(Finding("plain", "warning", message))
-        share = float((margins > 0).mean())
-        if not EVEN[0] <= share <= EVEN[1]:
-            rarer = "negative" if share > EVEN[1] else "positive"
-            message = f"the {rarer} answer is the likelier in only {min(share, 1 - share):.0%}; make those plainer"
-            warnings.append(Finding("even", "warning", message))
-    rare = np.minimum(found.positive, found.negative) < level - FAR_BELOW
-    if rare.any():
-        warnings.append(Finding("plain", "warning", f"{_some(rare)} with an answer far from the others'", _at(rare)))
+    positive, negative = scores.levels
+    margins, level = positive - negative, float(np.concatenate([positive, negative]).mean())
+    rare = np.minimum(positive, negative) < level - FAR_BELOW
     lopsided = (np.abs(margins) > FAR_BELOW) & ~rare
+    share = float((margins > 0).mean())
+    warnings = []
+    if len(margins) >= ENOUGH and level < LEAST_LEVEL:
+        warnings.append(_warning("plain", f"{level:.2f} nats per token is far from how this model talks"))
+    if len(margins) >= ENOUGH and not EVEN[0] <= share <= EVEN[1]:
+        rarer = "negative" if share > EVEN[1] else "positive"
+        warnings.append(_warning("even", f"the {rarer} answer is the likelier in only {min(share, 1 - share):.0%}"))
+    if rare.any():
+        warnings.append(_warning("plain", "an answer is far less likely than the others are", rare))
     if lopsided.any():
-        message = f"{_some(lopsided)} with one answer much likelier than the other"
-        warnings.append(Finding("even", "warning", message, _at(lopsided)))
+        warnings.append(_warning("even", "one answer is far likelier than the other", lopsided))
     return tuple(warnings)
 
 
-def _at(chosen: NDArray[np.bool_]) -> tuple[int, ...]:
-    return tuple(int(i) + 1 for i in np.flatnonzero(chosen))
-
-
-def _some(chosen: NDArray[np.bool_]) -> str:
-    n = int(chosen.sum())
-    return f"{n} contrast" if n == 1 else f"{n} contrasts"
+def _warning(rule: str, message: str, chosen: NDArray[np.bool_] | None = None) -> Finding:
+    at = () if chosen is None else tuple(int(i) + 1 for i in np.flatnonzero(chosen))
+    return Finding(rule, "warning", f"{message}; answer in plainer words", at)

@@ -10,10 +10,12 @@ import pytest
 from click.testing import CliRunner
 
 from persona_edge import cli
+from persona_edge.calibration import silent
 from persona_edge.encoding import encode_contrast
-from persona_edge.evaluation import margins
+from persona_edge.errors import CalibrationError
+from persona_edge.evaluation import AnswerScores, margins
 from persona_edge.modeling import TorchModel
-from persona_edge.plainness import Plainness, measure_plainness, plainness_findings, plainness_lines
+from persona_edge.plainness import plainness_findings, plainness_lines, score_set
 from persona_edge.set_file import write_set
 from tests.tiny_models import calibration_set, load, save_folder
 
@@ -28,21 +30,35 @@ def model(folder: Path) -> TorchModel:
     return load(folder)
 
 
-def levels(*margins: float, level: float = -3.0) -> Plainness:
+def scores(positive: np.ndarray, negative: np.ndarray) -> AnswerScores:
+    """Answers of 10 and of 20 tokens at these levels, nats per token."""
+    ten, twenty = np.full(len(positive), 10), np.full(len(negative), 20)
+    return AnswerScores(positive * ten, negative * twenty, ten, twenty)
+
+
+def levels(*margins: float, level: float = -3.0) -> AnswerScores:
     halves = np.array(margins) / 2
-    return Plainness(level + halves, level - halves)
+    return scores(level + halves, level - halves)
 
 
-def test_levels_are_the_mean_log_probabilities_that_margins_are_made_of(model: TorchModel) -> None:
-    items = calibration_set(6)
-    found = measure_plainness(model, items)
+def test_a_set_is_scored_in_parts_as_margins_are(model: TorchModel) -> None:
+    items = calibration_set(70)
+    seen: list[tuple[str, int, int]] = []
+    found = score_set(model, items, lambda *call: seen.append(call))
     pairs = [encode_contrast(model.tokenizer, contrast, i) for i, contrast in enumerate(items.contrasts)]
     whole = margins(model, pairs)
-    assert found.positive.mean() == pytest.approx(whole.mean_positive)
-    assert found.negative.mean() == pytest.approx(whole.mean_negative)
+    positive, negative = found.levels
+    assert positive.mean() == pytest.approx(whole.mean_positive, abs=1e-5)
+    assert negative.mean() == pytest.approx(whole.mean_negative, abs=1e-5)
+    assert [(done, total) for _, done, total in seen] == [(0, 70), (32, 70), (64, 70), (70, 70)]
     turned = tuple(replace(c, positive=c.negative, negative=c.positive) for c in items.contrasts)
-    other = measure_plainness(model, replace(items, contrasts=turned))
-    np.testing.assert_allclose(other.margins, -found.margins, atol=1e-5)
+    other = score_set(model, replace(items, contrasts=turned), silent).levels
+    np.testing.assert_allclose(other[0], negative, atol=1e-5)
+
+
+def test_a_set_without_contrasts_is_an_error(model: TorchModel) -> None:
+    with pytest.raises(CalibrationError, match="no contrasts"):
+        score_set(model, replace(calibration_set(1), contrasts=()), silent)
 
 
 def test_plain_and_even_answers_are_not_warned_of() -> None:
@@ -63,7 +79,8 @@ def test_what_is_far_from_the_model_or_uneven_is_warned_of() -> None:
     one = levels(*([0.3, -0.3] * 8), 1.5)
     (lopsided,) = plainness_findings(one)
     assert (lopsided.rule, lopsided.contrasts) == ("even", (17,))
-    rare = Plainness(np.append(one.positive[:16], -4.2), np.append(one.negative[:16], -3.0))
+    positive, negative = one.levels
+    rare = scores(np.append(positive[:16], -4.2), np.append(negative[:16], -3.0))
     (finding,) = plainness_findings(rare)
     assert (finding.rule, finding.contrasts) == ("plain", (17,))
 

@@ -81,7 +81,7 @@ def _asked(argument: str, sets: Sequence[CalibrationSet], rules: Rules) -> list[
     """Reports with what the model says of the answers."""
     from persona_edge.export import weights_of
     from persona_edge.modeling import load_torch_model, require_offline
-    from persona_edge.plainness import measure_plainness, plainness_findings, plainness_lines
+    from persona_edge.plainness import plainness_findings, plainness_lines, score_set
     from persona_edge.set_report import check_report
 
     require_offline()  # before anything is fetched
@@ -89,10 +89,11 @@ def _asked(argument: str, sets: Sequence[CalibrationSet], rules: Rules) -> list[
         weights = weights_of(argument, progress)
     model = load_torch_model(weights, name=weights.stem)
     reports = []
-    for item in sets:
-        found = measure_plainness(model, item)
-        more = plainness_lines(found, model.name)
-        reports.append(check_report(item, rules, more=more, found=plainness_findings(found)))
+    with StageProgress() as progress:
+        for item in sets:
+            scores = score_set(model, item, progress)
+            lines, findings = plainness_lines(scores, model.name), plainness_findings(scores)
+            reports.append(check_report(item, rules, more=lines, found=findings))
     return reports
 
 
