@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -14,6 +15,7 @@ from click.testing import CliRunner, Result
 from persona_edge import calibration, cli
 from persona_edge.contrasts import CalibrationSet
 from persona_edge.effect.arm_registry import ARM_NAMES, RUNTIME_ARMS
+from persona_edge.effect.eval_plan import QUICK_CONTRASTS, EvalRequest, sections_of
 from persona_edge.effect.record import Record, from_json
 from persona_edge.effect.task_registry import TASK_NAMES, TaskContext, make_tasks
 from persona_edge.maskpack import write_pack
@@ -151,6 +153,17 @@ def test_without_data_what_needs_none_is_measured(folder: Path, tmp_path: Path) 
     assert result.exit_code == 0, result.output
     assert "no hellaswag: no evaluation data: set PERSONA_EDGE_DATA" in result.stderr
     assert [outcome.task for outcome in read(prefix).arms[0].outcomes] == ["held-out contrasts: EI", "free replies"]
+
+
+def test_quick_takes_the_first_axis_and_fewer_contrasts_and_only_where_nothing_is_asked_for() -> None:
+    request = EvalRequest("smollm2-135m", Path("effect"), personas=("mbti16", "power"), quick=True)
+    found, whole = sections_of(request, None), sections_of(replace(request, quick=False), None)
+    assert [section.axis_set.axis for section in found] == [whole[0].axis_set.axis, whole[-1].axis_set.axis]
+    first = found[0].axis_set
+    assert len(first) == QUICK_CONTRASTS < len(whole[0].axis_set)
+    assert set(first.split()[1].contrasts) <= set(whole[0].axis_set.split()[1].contrasts)
+    asked = sections_of(replace(request, poles=("I", "S")), None)
+    assert [len(section.axis_set) for section in asked] == [len(section.axis_set) for section in whole[:2]]
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,12 @@ class TestEveryArm:
                 np.testing.assert_array_equal(scores(engine), expected)
             assert arm.messages("Where to?") == first.messages("Where to?")
 
+    def test_both_poles_share_one_control_vector(self, arms: dict[tuple[str, int], Arm], context: ArmContext) -> None:
+        positive, negative = (arms["control-vector", toward].facts["seconds_to_make"] for toward in (1, -1))
+        assert positive == negative  # two measurements of a time are never the same
+        sets = [vector for vector, seconds in context.vectors.values() if seconds == positive]
+        assert len(sets) == 1
+
     def test_base_changes_nothing(self, arms: dict[tuple[str, int], Arm], context: ArmContext) -> None:
         engine = TorchEngine(context.model)
         plain = scores(engine)

@@ -33,6 +33,8 @@ from persona_edge.modeling import TorchModel
 if TYPE_CHECKING:
     import torch
 
+    from persona_edge.effect.control_vector import ControlVector
+
 __all__ = [
     "ArmContext",
     "Knob",
@@ -66,6 +68,8 @@ class ArmContext:
     cache: Path | None = None
     built: dict[str, PersonaSet] = field(default_factory=dict, init=False, repr=False, compare=False)
     """Masks of an axis by what they were built from: both poles of an axis come from one build."""
+    vectors: dict[str, tuple[ControlVector, float]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Control vectors by their set's content, and the seconds each took: an axis has one, its poles two signs."""
 
     def __post_init__(self) -> None:
         if self.calibrator.model is not self.model:

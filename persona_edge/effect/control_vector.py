@@ -56,12 +56,7 @@ class ControlVector:
 def control_vector_arm(context: ArmContext, axis_set: CalibrationSet, toward: int) -> Arm:
     """The axis's control vector, with a coefficient as large as the limits allow."""
     name = pole_name(axis_set, toward)
-    part = calibration_part(axis_set)
-    context.progress(f"control vector {axis_set.axis}", 0, 1)
-    started = time.perf_counter()
-    vector = find_control_vector(context.model, part, max_tokens=context.calibrator.settings.max_batch_tokens)
-    seconds = time.perf_counter() - started
-    context.progress(f"control vector {axis_set.axis}", 1, 1)
+    vector, seconds = _found(context, axis_set)
 
     def change(coefficient: float) -> AbstractContextManager[None]:
         return controlled(context.model, vector, toward * coefficient)
@@ -83,6 +78,19 @@ def control_vector_arm(context: ArmContext, axis_set: CalibrationSet, toward: in
         **drift_facts(found.drift),
     }
     return Arm("control-vector", name, toward, user_message, active, facts)
+
+
+def _found(context: ArmContext, axis_set: CalibrationSet) -> tuple[ControlVector, float]:
+    """The axis's vector, which both poles share, and the seconds that finding it took."""
+    key = axis_set.content_hash()
+    if key not in context.vectors:
+        part = calibration_part(axis_set)
+        context.progress(f"control vector {axis_set.axis}", 0, 1)
+        started = time.perf_counter()
+        vector = find_control_vector(context.model, part, max_tokens=context.calibrator.settings.max_batch_tokens)
+        context.vectors[key] = vector, time.perf_counter() - started
+        context.progress(f"control vector {axis_set.axis}", 1, 1)
+    return context.vectors[key]
 
 
 @denormals_flushed()

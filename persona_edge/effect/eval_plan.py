@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
 
@@ -21,6 +21,7 @@ __all__ = ["QUICK_ARMS", "EvalRequest", "Section", "chosen_arms", "chosen_tasks"
 
 QUICK_ARMS: Final = ("base", "system-prompt", "contrastive-fisher", "control-vector")
 QUICK_ITEMS: Final = 16
+QUICK_CONTRASTS: Final = 200
 USUAL_ITEMS: Final = 100
 
 
@@ -28,8 +29,9 @@ USUAL_ITEMS: Final = 100
 class EvalRequest:
     """What to evaluate; names are as on the command line, None means all of them.
 
-    Of everything that is not given, `quick` takes fewer: arms, tasks, items, and of each set the first axis. `output`
-    is the reports' path without suffix, `data` the folder of the evaluation data. `command` is kept in the record.
+    Of everything that is not given, `quick` takes fewer: arms, tasks, items, and of each set the first axis, with at
+    most `QUICK_CONTRASTS` of its contrasts. `output` is the reports' path without suffix, `data` the folder of the
+    evaluation data. `command` is kept in the record.
     """
 
     model: str
@@ -123,11 +125,16 @@ def sections_of(request: EvalRequest, pack: MaskPack | None) -> tuple[Section, .
     found = [section for spec in specs for section in _sections(spec, wanted, pack)]
     if request.quick and wanted is None:
         firsts = {section.spec.name: section for section in reversed(found)}
-        found = [section for section in found if firsts[section.spec.name] is section]
+        found = [_shortened(section) for section in found if firsts[section.spec.name] is section]
     if not found:
         asked = ", ".join(request.personas)
         raise PersonaNotFoundError(f"{request.pack} holds no pole of {asked}; give --personas the set it was made from")
     return tuple(found)
+
+
+def _shortened(section: Section) -> Section:
+    """The section with fewer contrasts, as long as calibrating is most of the work."""
+    return replace(section, axis_set=section.axis_set.limit(QUICK_CONTRASTS))
 
 
 def _spelled(wanted: str, specs: Sequence[PersonaSpec], pack: MaskPack | None) -> str:
