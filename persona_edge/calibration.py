@@ -2,6 +2,7 @@
 
     Calibrator(model, fingerprint).margins(calibration_set)   margin statistics of one axis
     Calibrator(...).damage()                                   damage statistics on web text and on chat turns
+    Calibrator(...).drift_gradient(planes, …)                  how a masked model's drift on these changes by the gates
     Calibrator(...).neutral_turns()                            the model's own answers to the neutral prompts
 
 Everything is kept in the cache folder under a key of what it was computed from (the model file, the data, the settings,
@@ -21,14 +22,14 @@ from pathlib import Path
 import numpy as np
 
 from persona_edge.cache import cache_folder, writing_to
-from persona_edge.collect import Focus, collect_damage, collect_margins
+from persona_edge.collect import Focus, collect_damage, collect_drift, collect_margins
 from persona_edge.contrasts import CalibrationSet
-from persona_edge.encoding import EncodedText, batches, encode_chat, encode_contrast, encode_text
+from persona_edge.encoding import Batch, EncodedText, batches, encode_chat, encode_contrast, encode_text
 from persona_edge.errors import CalibrationError
 from persona_edge.files import write_atomically
 from persona_edge.generate import answer
 from persona_edge.machine import release_freed_memory
-from persona_edge.masks import Granularity
+from persona_edge.masks import Granularity, Plane
 from persona_edge.modeling import LinearLayer, TorchModel
 from persona_edge.packed_pairs import ContrastPair, contrast_batches
 from persona_edge.per_tensor import PerTensor
@@ -181,6 +182,28 @@ class Calibrator:
         """Damage statistics on the shipped neutral passages and on the model's answers to the neutral prompts."""
         data = self.neutral_data()
         return DamageStatistics(self._damage("web text", data.web), self._damage("chat turns", data.chat))
+
+    def drift_gradient(self, planes: Sequence[Plane], *, mask: str, chat_weight: float, label: str = "") -> PerTensor:
+        """How the drift that `planes` cause changes with each gate: what opening it adds, (n_rows, n_units) per tensor.
+
+        The drift is KL(base || masked) in nats per token of the neutral web passages plus `chat_weight` times that of
+        the chat turns, those that damage is measured on. `mask` is the planes_digest of `planes`; the model comes
+        unmasked. Read from the disk when asked for, as `gate_benefits` are.
+        """
+        data, granularity = self.neutral_data(), self.settings.granularity
+        weighted = []
+        for name, texts, weight in (("web text", data.web, 1.0), ("chat turns", data.chat, chat_weight)):
+            groups = list(batches(texts, max_tokens=self.settings.max_batch_tokens, device=self.model.device))
+
+            def one(i: int, onto: Statistics | None, groups: Sequence[Batch] = groups) -> Statistics:
+                return collect_drift(self.model, self.layers, groups[i], planes, granularity=granularity, onto=onto)
+
+            what = {"what": "drift", "texts": _hash([text.tokens for text in texts]), "mask": mask}
+            place = self._place("drift", {**what, "granularity": granularity}, [group.items for group in groups])
+            self._sum(f"{name} {label}".rstrip(), place, [len(group.items) for group in groups], one)
+            weighted.append((np.float32(weight), stored_means(place.path, place.key, "drift_gradient", "tokens")))
+        (web, on_web), (chat, on_chat) = weighted
+        return PerTensor(on_web, lambda name: web * on_web[name] + chat * on_chat[name])
 
     def neutral_data(self) -> NeutralData:
         """The neutral texts, encoded; generates the chat answers when they are not cached."""

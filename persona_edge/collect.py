@@ -2,7 +2,8 @@
 
 With x the input of a layer (n_tokens, n_columns) and delta the gradient at its output (n_tokens, n_rows), the
 derivative for the gate of group g in row i is  sum_t delta_ti sum_{j in g} w_ij x_tj  (docs/method.md). For margins it
-is summed over tokens, so it is the group sums of w * (delta^T x). For damage every token's term is squared first.
+is summed over tokens, so it is the group sums of w * (delta^T x); so it is for the drift of a masked model. For damage
+every token's term is squared first.
 
 Nothing is kept for longer than one layer of one batch, except the sums.
 """
@@ -19,8 +20,9 @@ from numpy.typing import NDArray
 
 from persona_edge.denormals import denormals_flushed
 from persona_edge.encoding import Batch
-from persona_edge.forward import raw_scored_logits, target_log_probabilities
-from persona_edge.masks import Granularity
+from persona_edge.forward import ROWS_AT_ONCE, raw_scored_logits, target_log_probabilities
+from persona_edge.masked_model import masked
+from persona_edge.masks import Granularity, Plane
 from persona_edge.modeling import LinearLayer, TorchModel
 from persona_edge.packed_pairs import ContrastPair, pack_pairs, raw_packed_logits
 from persona_edge.statistics import Kind, Statistics
@@ -28,7 +30,7 @@ from persona_edge.statistics import Kind, Statistics
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Focus", "collect_damage", "collect_margins"]
+__all__ = ["Focus", "collect_damage", "collect_drift", "collect_margins"]
 
 ForwardConsumer = Callable[[LinearLayer, "torch.Tensor"], None]
 BackwardConsumer = Callable[[LinearLayer, "torch.Tensor", "torch.Tensor", "torch.Tensor"], None]
@@ -159,11 +161,7 @@ def collect_margins(
             sums.add(f"{side}_sum", layer.name, seen.sum(0))
             sums.add(f"{side}_square", layer.name, seen.square().sum(0))
 
-    def gates(layer: LinearLayer, x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor) -> None:
-        product = delta.flatten(0, -2).T @ x.flatten(0, -2)
-        gradient = layer.to_gguf_rows(_group_sums(product * weight, granularity))
-        sums.add("gate_gradient", layer.name, gradient)
-
+    gates = _gate_sums(sums, "gate_gradient", granularity)
     with _watching(layers, channels if focus is None else None, gates):
         embeddings = model.model.get_input_embeddings()(batch.tokens).requires_grad_(True)
         log_p = target_log_probabilities(raw_packed_logits(model, batch, embeddings), batch.targets)
@@ -180,6 +178,16 @@ def collect_margins(
         "negative_tokens": int((~batch.is_positive).sum()),
     }
     return sums.finish("margin", counts)
+
+
+def _gate_sums(sums: _Sums, field: str, granularity: Granularity) -> BackwardConsumer:
+    """What adds the derivative by every gate, summed over tokens, to `field`."""
+
+    def gates(layer: LinearLayer, x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor) -> None:
+        product = delta.flatten(0, -2).T @ x.flatten(0, -2)
+        sums.add(field, layer.name, layer.to_gguf_rows(_group_sums(product * weight, granularity)))
+
+    return gates
 
 
 def _group_sums(values: torch.Tensor, granularity: Granularity) -> torch.Tensor:
@@ -231,6 +239,40 @@ def collect_damage(
             del probabilities
         target_log_probabilities(logits, labels).sum().backward()
     return sums.finish("damage", {"batches": 1, "tokens": int(batch.scored.sum())})
+
+
+@denormals_flushed()
+def collect_drift(
+    model: TorchModel,
+    layers: Sequence[LinearLayer],
+    batch: Batch,
+    planes: Sequence[Plane],
+    *,
+    granularity: Granularity = 32,
+    onto: Statistics | None = None,
+) -> Statistics:
+    """How the drift of `model` with `planes` on changes with each gate, on one batch of neutral text.
+
+    The drift is KL(model || model with planes), nats summed over the batch's predictions; see statistics.py for the
+    field. The derivative of a closed gate is 0, as its weights are. The model comes unmasked; the mask is put on here,
+    since the model is asked without it first: keeping those predictions for all texts would take gigabytes. `onto` are
+    the sums of earlier batches: they are added to in place.
+    """
+    import torch
+
+    sums = _Sums(layers, onto)
+    with torch.no_grad():
+        before = raw_scored_logits(model, batch)
+    with masked(model, planes), _watching(layers, None, _gate_sums(sums, "drift_gradient", granularity)):
+        logits = _logits(model, batch)
+        gradient = torch.empty_like(logits)
+        with torch.no_grad():  # of KL(softmax(b) || softmax(l)) by l: softmax(l) - softmax(b)
+            rows = (tensor.split(ROWS_AT_ONCE) for tensor in (gradient, logits, before))
+            for into, now, then in zip(*rows, strict=True):
+                into.copy_(now.float().softmax(-1).sub_(then.float().softmax(-1)))
+        del before
+        logits.backward(gradient)
+    return sums.finish("drift", {"batches": 1, "tokens": int(batch.scored.sum())})
 
 
 def _squared_gates(weight: torch.Tensor, x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:

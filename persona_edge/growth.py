@@ -4,8 +4,12 @@ One gradient at the unmasked model says what closing a gate does while every oth
 close together, so after the best of them the others' benefits have changed, and contrasts that are already won still
 pull. Hence steps: a step's benefits are measured with the mask of the steps before it, on contrasts weighted by how far
 they are from won (`collect.Focus`). Being of few contrasts, they are noisy; the earlier steps', of others, steady them.
-A step's budget is found by measured drift (budget_search.py): it spends up to its share of both limits. Damage on chat
-counts more or less beside damage on web text, as drift so far has shown.
+
+What a mask costs is not the sum of what its gates cost alone either: they all push the model the same way, and most of
+the drift is what they do together. The gradient of the drift of the mask so far tells, for each further gate, how much
+it adds to that or takes from it. A step's benefits pay for it (`DRIFT_PRICE`), so that a mask grows where it has its
+effect without more of the same drift. A step's budget is found by measured drift (budget_search.py): it spends up to
+its share of both limits.
 
 One step wins as many contrasts with half the groups; but what it makes of free replies repeats itself (docs/method.md).
 """
@@ -31,13 +35,13 @@ from persona_edge.masked_model import masked
 from persona_edge.masks import Granularity, Plane
 from persona_edge.per_tensor import PerTensor
 from persona_edge.pole_masks import Damages, Gates, Side, fisher_planes
+from persona_edge.selection import RankedPlanes, sum_over
 from persona_edge.separation import NO_OTHERS, Others
 
 __all__ = ["Grown", "Growth", "Limits", "expected", "fixed", "merge_planes", "planes_digest"]
 
 DEFAULT_CHAT_WEIGHT = 0.15
 """What a nat of chat damage counts beside a nat of web damage when only one of the two is limited."""
-LEAST_WEIGHT = 0.1
 SHARE_OF_STYLE = 0.4
 """The share of a perplexity ratio beyond exp(web KL) that other text shows too (docs/method.md)."""
 LARGEST_LOGARITHM = 700.0  # of a model broken beyond what a float's exponential can say
@@ -45,6 +49,8 @@ EARLY_TRIALS = 3
 EARLY_TOLERANCE = 0.25
 CARRIED = 0.7
 """What the benefits of the steps before count beside a step's own, both scaled to one size (docs/method.md)."""
+DRIFT_PRICE = 0.05
+"""What a nat of drift costs, as a share of the margin that a nat of estimated damage buys (docs/method.md)."""
 MeasureDrift = Callable[[Sequence[Plane]], Drift]
 Benefits = Mapping[str, NDArray[np.float32]]
 
@@ -60,15 +66,6 @@ class Limits:
         """The limits that leave room for later steps: `share` of the logarithm of the one, of the other itself."""
         ratio, chat_kl = self.max_perplexity_ratio, self.max_chat_kl
         return Limits(None if ratio is None else ratio**share, None if chat_kl is None else chat_kl * share)
-
-    def used(self, drift: Drift) -> tuple[float, float]:
-        """The shares of both limits that a drift uses; 0 where there is no limit."""
-        web, chat = 0.0, 0.0
-        if self.max_perplexity_ratio is not None:
-            web = max(0.0, math.log(drift.perplexity_ratio) / math.log(self.max_perplexity_ratio))
-        if self.max_chat_kl is not None:
-            chat = max(0.0, drift.chat_kl / self.max_chat_kl)
-        return web, chat
 
     @property
     def chat_weight(self) -> float:
@@ -169,17 +166,23 @@ class Growth:
 
     def _step(self, grown: Grown, benefits: Benefits, aim: _Aim, step: int) -> Grown:
         last = step + 1 == self.n_steps
-        damage = self.damages.weighted(*self._weights(grown.drift))
-        ranked = fisher_planes(
-            benefits,
-            damage,
-            aim.side,
-            self.gates,
-            self.granularity,
-            gated=grown.planes,
-            others=aim.others,
-            budget=self._first_budget,
-        )
+        damage = self.damages.weighted(1.0, self.limits.chat_weight)
+
+        def rank(benefits: Benefits) -> RankedPlanes:
+            return fisher_planes(
+                benefits,
+                damage,
+                aim.side,
+                self.gates,
+                self.granularity,
+                gated=grown.planes,
+                others=aim.others,
+                budget=self._first_budget,
+            )
+
+        ranked = rank(benefits)
+        if grown.planes:
+            ranked = rank(self._charged(benefits, ranked, grown, aim, step))
         limits = self.limits.share((step + 1) / self.n_steps)
         n_trials = self.n_trials if last else min(EARLY_TRIALS, self.n_trials)
         done = 0
@@ -206,14 +209,29 @@ class Growth:
         planes = merge_planes(grown.planes, ranked.take(result.budget))
         return Grown(planes, self.drift(planes), (*grown.steps, result))
 
-    def _weights(self, drift: Drift) -> tuple[float, float]:
-        """What web and chat damage count: as the limits say, times how much of each limit is used already."""
-        web, chat = self.limits.used(expected(drift))
-        most = max(web, chat)
-        if not most:
-            return 1.0, self.limits.chat_weight
-        web, chat = (max(used / most, LEAST_WEIGHT) for used in (web, chat))
-        return web, chat * self.limits.chat_weight
+    def _charged(self, benefits: Benefits, ranked: RankedPlanes, grown: Grown, aim: _Aim, step: int) -> Benefits:
+        """The benefits less what closing each gate adds to the drift of the mask so far.
+
+        The price of a nat is a share of what a budget as large as the last step's buys per nat, `ranked` as it is. What
+        has no benefit of its own gets none: gates closed only to undo drift undo the persona with it.
+        """
+        try:
+            gain = sum(sum_over(benefits, p.positions) * (1 - p.gate) for p in ranked.take(self._first_budget))
+        except SelectionError:  # not even one unit is as cheap: there is nothing to compare with
+            return benefits
+        price = np.float32(DRIFT_PRICE * gain / self._first_budget)  # signed, as the benefits are
+        gradient = self.calibrator.drift_gradient(
+            grown.planes,
+            mask=planes_digest(grown.planes),
+            chat_weight=self.limits.chat_weight,
+            label=f"{aim.label}, step {step + 1}",
+        )
+
+        def charged(name: str) -> NDArray[np.float32]:
+            own = benefits[name]
+            return np.where(own * price > 0, own + price * gradient[name], np.float32(0))
+
+        return PerTensor(benefits, charged)
 
 
 def fixed(planes: tuple[Plane, ...], amount: float, drift: Drift) -> Grown:

@@ -8,10 +8,11 @@ margin      gate_gradient (n_rows, n_groups)   sum over contrasts of d margin / 
 damage      input_square (n_columns,)          sum over tokens of x^2
             output_gradient_square (n_rows,)   sum over tokens of delta^2
             gate_gradient_square (n_rows, n_groups)   sum over tokens of (delta_i sum_j w_ij x_j)^2
+drift       drift_gradient (n_rows, n_groups)  sum over tokens of d KL(base || masked) / d gate   [nats]
 
 where x is a layer's input, delta the gradient at its output. Counts: `contrasts`, `batches`, `positive_tokens`,
-`negative_tokens` for margins; `batches` and `tokens`, the number of predictions, for damage. Leaves computing them to
-collect.py.
+`negative_tokens` for margins; `batches` and `tokens`, the number of predictions, for damage and drift. Leaves computing
+them to collect.py.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +32,7 @@ from persona_edge.per_tensor import PerTensor
 
 __all__ = ["Kind", "Statistics", "load_statistics", "merge", "save_statistics", "stored_means"]
 
-Kind = Literal["margin", "damage"]
+Kind = Literal["margin", "damage", "drift"]
 TensorSums = Mapping[str, NDArray[np.float32]]
 
 
@@ -117,10 +118,13 @@ def load_statistics(path: Path, key: Mapping[str, object]) -> Statistics | None:
             flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError):
         return None
+    kind = next((known for known in get_args(Kind) if known == metadata["kind"]), None)
+    if kind is None:
+        return None
     order = json.loads(metadata["order"])
     fields = sorted({name.split("|", 1)[0] for name in flat})
     sums = {name: {tensor: flat[f"{name}|{tensor}"] for tensor in order} for name in fields}
-    return Statistics("margin" if metadata["kind"] == "margin" else "damage", json.loads(metadata["counts"]), sums)
+    return Statistics(kind, json.loads(metadata["counts"]), sums)
 
 
 def stored_means(path: Path, key: Mapping[str, object], field_name: str, count: str) -> PerTensor:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from persona_edge import calibration
 from persona_edge.calibration import CalibrationSettings, Calibrator, Progress, read_json, silent, write_json
-from persona_edge.collect import collect_margins
+from persona_edge.collect import collect_drift, collect_margins
 from persona_edge.contrasts import CalibrationSet
+from persona_edge.encoding import EncodedText, pad
 from persona_edge.errors import CalibrationError, OutputError
+from persona_edge.masks import Plane
 from persona_edge.modeling import TorchModel
 from persona_edge.persona_sets import neutral_prompts, neutral_texts
 from persona_edge.statistics import Statistics
@@ -217,6 +220,39 @@ def test_gate_benefits_are_the_margins_gradients_from_the_disk(model: TorchModel
     assert tuple(found) == statistics.tensors
     for name, gradient in statistics.mean("gate_gradient", "contrasts").items():
         np.testing.assert_array_equal(found[name], -gradient)
+
+
+def test_drift_gradients_are_of_both_texts_weighted_and_from_the_disk(model: TorchModel, answered: Path) -> None:
+    planes = (Plane(0, {model.layers[0].name: np.arange(0, 40, 3, dtype=np.uint32)}),)
+    calls: list[tuple[str, int, int]] = []
+    calibrator = make(model, answered, progress=lambda *call: calls.append(call))
+    weighted, web = (
+        calibrator.drift_gradient(planes, mask="m", chat_weight=weight, label="E, step 2") for weight in (0.3, 0.0)
+    )
+    assert {label for label, _, _ in calls} == {"web text E, step 2", "chat turns E, step 2"}
+    data = calibrator.neutral_data()
+    for texts, other in ((data.web, web), (data.chat, None)):
+        sums = merged_drift(model, texts, planes)
+        for name, values in sums.items():
+            found = web[name] if other is not None else (weighted[name] - web[name]) / np.float32(0.3)
+            np.testing.assert_allclose(found, values, rtol=1e-3, atol=1e-3 * np.abs(values).max())
+    n_calls = len(calls)
+    assert_same(calibrator.drift_gradient(planes, mask="m", chat_weight=0.3), weighted)
+    assert len(calls) == n_calls  # read, not measured
+    calibrator.drift_gradient((), mask="another", chat_weight=0.3)
+    assert len(calls) > n_calls
+
+
+def merged_drift(
+    model: TorchModel, texts: Sequence[EncodedText], planes: Sequence[Plane]
+) -> dict[str, NDArray[np.float32]]:
+    """Mean per token of the drift's gradient, text by text."""
+    parts = [collect_drift(model, model.layers, pad([text], "cpu"), planes) for text in texts]
+    n = sum(part.counts["tokens"] for part in parts)
+    return {
+        layer.name: np.sum([part.sums["drift_gradient"][layer.name] for part in parts], axis=0) / n
+        for layer in model.layers
+    }
 
 
 def test_margins_by_halves_are_the_margins_and_are_kept_by_halves(model: TorchModel, tmp_path: Path) -> None:

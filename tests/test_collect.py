@@ -12,11 +12,12 @@ import torch
 from numpy.typing import NDArray
 
 from persona_edge import collect
-from persona_edge.collect import collect_damage, collect_margins
+from persona_edge.collect import collect_damage, collect_drift, collect_margins
 from persona_edge.encoding import EncodedText, encode_chat, encode_text, pad
 from persona_edge.errors import CalibrationError
 from persona_edge.forward import scored_logits
-from persona_edge.masks import Granularity
+from persona_edge.masked_model import masked
+from persona_edge.masks import Granularity, Plane
 from persona_edge.modeling import LinearLayer, TorchModel, load_torch_model
 from persona_edge.statistics import Statistics, merge
 from tests.tiny_models import (
@@ -122,6 +123,53 @@ def gate_difference(
             values.append(float(function()))
         block.copy_(original)
     return (values[0] - 8 * values[1] + 8 * values[2] - values[3]) / (12 * step)
+
+
+def some_planes(model: TorchModel) -> tuple[Plane, ...]:
+    """Every seventh group closed, and every eleventh of one tensor doubled, where none of the others is."""
+    closed = {layer.name: np.arange(0, layer.shape.n_units(32), 7, dtype=np.uint32) for layer in model.layers}
+    first = model.layers[0]
+    doubled = np.arange(3, first.shape.n_units(32), 11, dtype=np.uint32)
+    return Plane(0, closed), Plane(2, {first.name: doubled[doubled % 7 != 0]})
+
+
+def total_drift(model: TorchModel, before: Sequence[torch.Tensor], texts: Sequence[EncodedText]) -> torch.Tensor:
+    """KL(before || model as it stands), summed over the scored tokens, from plain calls on one sequence."""
+    now = [scored_log_softmax(model, text) for text in texts]
+    return torch.stack([(b.exp() * (b - n)).sum() for b, n in zip(before, now, strict=True)]).sum()
+
+
+def scored_log_softmax(model: TorchModel, text: EncodedText) -> torch.Tensor:
+    logits: torch.Tensor = model.model(input_ids=torch.tensor([text.tokens])).logits[0, :-1]
+    return logits[-text.n_scored :].log_softmax(-1)
+
+
+@pytest.mark.parametrize("granularity", [32, 1])
+def test_drift_gradients_are_group_sums_of_weight_times_weight_gradient(
+    model: TorchModel, granularity: Granularity
+) -> None:
+    texts, planes = neutral_texts(model), some_planes(model)
+    with torch.no_grad():
+        before = [scored_log_softmax(model, text) for text in texts]
+    found = collect_drift(model, model.layers, pad(texts, "cpu"), planes, granularity=granularity)
+    assert found.counts == {"batches": 1, "tokens": sum(text.n_scored for text in texts)}
+    with masked(model, planes), weight_gradients(model):
+        drift = total_drift(model, before, texts)
+        assert float(drift.detach()) > 1e-3
+        drift.backward()
+        for layer in model.layers:
+            weight = layer.module.weight
+            assert weight.grad is not None
+            expected = group_sums(rows_of(layer, (weight * weight.grad).detach().numpy()), granularity)
+            got = found.sums["drift_gradient"][layer.name]
+            np.testing.assert_allclose(got, expected, rtol=1e-3, atol=2e-5, err_msg=layer.name)
+            if granularity == 32:
+                assert not got.ravel()[planes[0].positions[layer.name]].any()
+
+
+def test_without_a_mask_there_is_no_drift_to_change(model: TorchModel) -> None:
+    found = collect_drift(model, model.layers, pad(neutral_texts(model), "cpu"), ())
+    assert max(float(np.abs(values).max()) for values in found.sums["drift_gradient"].values()) < 1e-5
 
 
 def test_channel_sums_cover_the_inputs_that_predict_an_answer(model: TorchModel) -> None:
@@ -241,13 +289,15 @@ def test_a_batch_is_the_sum_of_its_contrasts_in_any_order(model: TorchModel) -> 
         assert_close(singly, together, field)
 
 
-@pytest.mark.parametrize("kind", ["margin", "damage"])
+@pytest.mark.parametrize("kind", ["margin", "damage", "drift"])
 def test_adding_in_place_is_merging_bit_for_bit(llama: TorchModel, kind: str) -> None:
     pairs, batch = contrast_pairs(llama), pad(neutral_texts(llama), "cpu")
 
     def collect(i: int, onto: Statistics | None = None) -> Statistics:
         if kind == "margin":
             return collect_margins(llama, llama.layers, pairs[i : i + 1], onto=onto)
+        if kind == "drift":
+            return collect_drift(llama, llama.layers, batch, some_planes(llama)[i:], onto=onto)
         return collect_damage(llama, llama.layers, batch, seed=i, onto=onto)
 
     apart = merge(collect(0), collect(1))

@@ -20,7 +20,8 @@ from persona_edge.growth import Growth, Limits, expected, merge_planes, planes_d
 from persona_edge.masks import Plane
 from persona_edge.modeling import TorchModel
 from persona_edge.per_tensor import PerTensor
-from persona_edge.pole_masks import Gates, fisher_planes, tensor_damages
+from persona_edge.pole_masks import Gates, Side, fisher_planes, tensor_damages
+from persona_edge.selection import RankedPlanes, sum_over
 from tests.tiny_models import calibration_set, contrasts, load, one_thread, save_folder  # noqa: F401 - a fixture
 
 FAST = CalibrationSettings(neutral_tokens=24, answer_tokens=6, max_batch_tokens=2048)
@@ -120,7 +121,8 @@ def test_later_steps_carry_what_earlier_ones_measured(calibrator: Calibrator, mo
     monkeypatch.setattr(Calibrator, "gate_benefits", watch_measuring)
     monkeypatch.setattr("persona_edge.growth.fisher_planes", watch_ranking)
     growth(calibrator)[0].grow(items, measured[0], "positive", "E")
-    assert (len(measured), len(ranked)) == (3, 3)
+    assert (len(measured), len(ranked)) == (3, 5)  # a later step ranks once to know the price, once with it
+    ranked = [ranked[0], ranked[1], ranked[3]]
 
     def flat(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
         return np.concatenate([values.ravel() for values in arrays.values()]).astype(np.float64)
@@ -133,6 +135,43 @@ def test_later_steps_carry_what_earlier_ones_measured(calibrator: Calibrator, mo
         np.testing.assert_allclose(flat(ranked[step]), expected, rtol=1e-4, atol=1e-6 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("side", ["positive", "negative"])
+def test_later_steps_pay_for_what_they_add_to_the_drift(
+    side: Side, calibrator: Calibrator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = calibration_set(24)
+    ranked: list[tuple[dict[str, np.ndarray], RankedPlanes]] = []
+    gradients: list[dict[str, np.ndarray]] = []
+    drift, rank = Calibrator.drift_gradient, fisher_planes
+
+    def watch_drift(self: Calibrator, *arguments: Any, **options: Any) -> PerTensor:
+        found = drift(self, *arguments, **options)
+        gradients.append(dict(found))
+        return found
+
+    def watch_ranking(benefits: Mapping[str, np.ndarray], *arguments: Any, **options: Any) -> RankedPlanes:
+        found = rank(benefits, *arguments, **options)
+        ranked.append((dict(benefits), found))
+        return found
+
+    monkeypatch.setattr("persona_edge.growth.DRIFT_PRICE", 1.0)  # so small a model's few groups need a high one
+    monkeypatch.setattr(Calibrator, "drift_gradient", watch_drift)
+    monkeypatch.setattr("persona_edge.growth.fisher_planes", watch_ranking)
+    grower, _ = growth(calibrator)
+    grown = grower.grow(items, calibrator.gate_benefits(items), side, "E or I")
+    assert len(gradients) == 2
+    sign = 1 if side == "positive" else -1
+    for step, gradient in enumerate(gradients, start=1):
+        (before, plainly), (after, charged) = ranked[2 * step - 1 : 2 * step + 1]
+        budget = grown.steps[step - 1].budget
+        gain = sum(sum_over(before, plane.positions) for plane in plainly.take(budget))
+        for name, own in before.items():
+            expected = np.where(sign * own > 0, own + gain / budget * gradient[name], 0)
+            np.testing.assert_allclose(after[name], expected, rtol=1e-3, atol=1e-5 * np.abs(own).max())
+        added = [-sum(sum_over(gradient, plane.positions) for plane in r.take(budget)) for r in (plainly, charged)]
+        assert added[1] < added[0]
+
+
 def test_a_model_that_breaks_at_once_is_an_error(calibrator: Calibrator) -> None:
     items = calibration_set(24)
     grower, _ = growth(calibrator, Drift(5.0, 9.0, 2.0))
@@ -140,12 +179,10 @@ def test_a_model_that_breaks_at_once_is_an_error(calibrator: Calibrator) -> None
         grower.grow(items, calibrator.gate_benefits(items), "positive", "E")
 
 
-def test_shares_of_limits_and_what_is_used_of_them() -> None:
+def test_shares_of_limits_and_what_chat_weighs() -> None:
     limits = Limits(1.02, 0.2)
     assert limits.share(0.5).max_perplexity_ratio == pytest.approx(math.sqrt(1.02))
     assert limits.share(0.5).max_chat_kl == pytest.approx(0.1)
-    assert list(limits.used(Drift(math.sqrt(1.02), 0.05))) == pytest.approx([0.5, 0.25])
-    assert list(Limits(None, 0.2).used(Drift(2.0, 0.1))) == pytest.approx([0, 0.5])
     assert limits.chat_weight == pytest.approx(math.log(1.02) / 0.2)
     assert Limits(None, 0.2).chat_weight == Limits(1.02, None).chat_weight
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from persona_edge import layer_streaming
-from persona_edge.collect import collect_damage, collect_margins
+from persona_edge.collect import collect_damage, collect_drift, collect_margins
 from persona_edge.encoding import EncodedText, encode_text, pad
 from persona_edge.errors import UnsupportedModelError
 from persona_edge.generate import answer
@@ -93,6 +93,12 @@ def damage(model: TorchModel) -> Statistics:
     return collect_damage(model, model.layers, pad(texts, model.device), seed=3)
 
 
+def drift(model: TorchModel) -> Statistics:
+    texts = [encode_text(model.tokenizer, text, max_tokens=24) for text in SENTENCES]
+    positions = {layer.name: np.arange(0, layer.shape.n_units(32), 5, dtype=np.uint32) for layer in model.layers}
+    return collect_drift(model, model.layers, pad(texts, model.device), [Plane(0, positions)])
+
+
 def assert_identical(a: Statistics, b: Statistics) -> None:
     assert (a.kind, a.counts, a.tensors, a.sums.keys()) == (b.kind, b.counts, b.tensors, b.sums.keys())
     for field, tensors in a.sums.items():
@@ -100,7 +106,7 @@ def assert_identical(a: Statistics, b: Statistics) -> None:
             np.testing.assert_array_equal(values, b.sums[field][name], err_msg=f"{field} {name}")
 
 
-@pytest.mark.parametrize("collect", [margins, damage])
+@pytest.mark.parametrize("collect", [margins, damage, drift])
 def test_statistics_are_the_same_bit_for_bit(model: TorchModel, collect: Any) -> None:
     plain = collect(model)
     with streamed(model, "cpu"):

@@ -39,6 +39,7 @@ def announced(collect):
     return one_batch
 calibration.CalibrationSettings = small
 calibration.collect_damage = announced(calibration.collect_damage)
+calibration.collect_drift = announced(calibration.collect_drift)
 calibration.collect_margins = announced(calibration.collect_margins)
 """
 NO_ROOM = """
