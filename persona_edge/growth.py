@@ -229,7 +229,10 @@ class Growth:
 
         def charged(name: str) -> NDArray[np.float32]:
             own = benefits[name]
-            return np.where(own * price > 0, own + price * gradient[name], np.float32(0))
+            paid = own + price * gradient[name]
+            # A gate that may be amplified has a benefit of its own in either direction, but only in one.
+            helps = own * (price if self.gates.amplify is None else paid) > 0
+            return np.where(helps, paid, np.float32(0))
 
         return PerTensor(benefits, charged)
 

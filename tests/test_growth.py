@@ -41,7 +41,9 @@ def plane(gate: float, **positions: list[int]) -> Plane:
     return Plane(gate, {name: np.array(at, np.uint32) for name, at in positions.items()})
 
 
-def growth(calibrator: Calibrator, drift: Drift | None = None, n_steps: int = 3) -> tuple[Growth, list[int]]:
+def growth(
+    calibrator: Calibrator, drift: Drift | None = None, n_steps: int = 3, amplify: float | None = None
+) -> tuple[Growth, list[int]]:
     """A growth whose drift is a made-up function of how many groups are gated, and the sizes it was asked about."""
     names = [layer.name for layer in calibrator.layers]
     asked: list[int] = []
@@ -55,7 +57,7 @@ def growth(calibrator: Calibrator, drift: Drift | None = None, n_steps: int = 3)
         tensor_damages(calibrator.model, names, calibrator.damage()),
         measure,
         limits=Limits(1.03, None),
-        gates=Gates(),
+        gates=Gates(amplify=amplify),
         granularity=32,
         n_steps=n_steps,
         n_trials=8,
@@ -170,6 +172,20 @@ def test_later_steps_pay_for_what_they_add_to_the_drift(
             np.testing.assert_allclose(after[name], expected, rtol=1e-3, atol=1e-5 * np.abs(own).max())
         added = [-sum(sum_over(gradient, plane.positions) for plane in r.take(budget)) for r in (plainly, charged)]
         assert added[1] < added[0]
+
+
+def test_later_steps_still_amplify(calibrator: Calibrator) -> None:
+    items = calibration_set(24)
+    grower, _ = growth(calibrator, amplify=2.0)
+    benefits = calibrator.gate_benefits(items)
+    counts = []
+    for n_steps in (1, 3):
+        grower.n_steps = n_steps
+        grown = grower.grow(items, benefits, "positive", "E")
+        counts.append({plane.gate: plane.n_positions for plane in grown.planes})
+    first, all_steps = counts
+    assert all_steps[2.0] > 0.6 * first[2.0] > 0
+    assert all_steps[0.0] > 0
 
 
 def test_a_model_that_breaks_at_once_is_an_error(calibrator: Calibrator) -> None:
