@@ -11,19 +11,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from persona_edge import __version__
 from persona_edge.budget_search import Drift
 from persona_edge.calibration import Calibrator
+from persona_edge.composition import strengths_within
 from persona_edge.contrasts import CalibrationSet
 from persona_edge.encoding import EncodedText, encode_contrast
 from persona_edge.errors import CalibrationError, InputError
-from persona_edge.evaluation import BaseBehaviour, MarginResult, margins, mean_kl, measure_base
-from persona_edge.growth import Grown, Growth, Limits, fixed, planes_digest
+from persona_edge.evaluation import BaseBehaviour, MarginResult, margins, mean_kl, measure_base, score_answers
+from persona_edge.growth import Grown, Growth, Limits, expected, fixed, planes_digest
 from persona_edge.masked_model import masked
 from persona_edge.masks import Granularity, PersonaSet, Plane, Pole
 from persona_edge.persona_sets import PersonaSpec
@@ -33,6 +37,9 @@ from persona_edge.tensor_filter import filter_tensors
 
 __all__ = ["BuildSettings", "build_personas"]
 
+COMPOSED_CONTRASTS, COMPOSED_SEED = 24, 101
+"""How many calibration contrasts of an axis say how well a composition holds its pole, and which."""
+
 
 @dataclass(frozen=True)
 class BuildSettings:
@@ -40,7 +47,9 @@ class BuildSettings:
 
     Limits, per pole, on held-out neutral text: `max_perplexity_ratio` (masked / base) and `max_chat_kl` (nats per
     token). `budget` (nats per token) or `density` (share of units) fixes the amount instead of searching for it, and is
-    spent in one step; the paper's methods need `density`. `n_steps` is how often benefits are measured, each time but
+    spent in one step; the paper's methods need `density`. A composition may drift `composition_limit` times as far as a
+    pole, and takes its poles at strengths that keep it there (composition.py); None takes all of them, as does a fixed
+    amount. `n_steps` is how often benefits are measured, each time but
     the first on `step_contrasts` contrasts and with the mask so far (growth.py). `separate_axes` keeps a pole from
     moving the axes that it is composed with (separation.py); a mask cut at a `density` does not.
     """
@@ -49,8 +58,9 @@ class BuildSettings:
     granularity: Granularity = 32
     suppress_gate: float = 0.0
     amplify_gate: float | None = None
-    max_perplexity_ratio: float | None = 1.019
+    max_perplexity_ratio: float | None = 1.017
     max_chat_kl: float | None = 0.19
+    composition_limit: float | None = 2.5
     budget: float | None = None
     density: float | None = None
     include: Sequence[str] = field(default=())
@@ -69,6 +79,8 @@ class BuildSettings:
             raise InputError(f"--method {self.method} suppresses a share of the weights; give --density, such as 0.3")
         if self.n_steps < 1 or self.step_contrasts < 1 or self.search_trials < 1:
             raise InputError("a mask needs at least 1 step, 1 contrast in each and 1 trial of the budget search")
+        if self.composition_limit is not None and self.composition_limit <= 0:
+            raise InputError(f"a composition may not drift {self.composition_limit} times as far as a pole; give 2.5")
 
 
 @dataclass(frozen=True)
@@ -120,8 +132,10 @@ class _Builder:
                 poles.append(pole)
                 reports[pole.name] = report
         personas = dict(self.spec.personas)
-        composed = self._compositions(poles, personas)
-        return PersonaSet(self.model.identity(), tuple(poles), personas, self._report(reports, composed))
+        found = self._compositions(poles, personas)
+        strengths = {name: strengths for name, (strengths, _) in found.items() if min(strengths) < 1}
+        report = self._report(reports, {name: asdict(drift) for name, (_, drift) in found.items()})
+        return PersonaSet(self.model.identity(), tuple(poles), personas, report, strengths)
 
     def _axis(self, axis_set: CalibrationSet) -> list[tuple[Pole, dict[str, Any]]]:
         calibration, held_out = axis_set.split()
@@ -243,18 +257,55 @@ class _Builder:
         key = {"mask": planes_digest(planes), "held_out": held_out.content_hash()}
         return MarginResult(**self.calibrator.cached_json("margins", key, compute))  # type: ignore[arg-type]
 
-    def _compositions(self, poles: Sequence[Pole], personas: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
-        """Drift of each persona that is composed of several poles."""
+    def _compositions(
+        self, poles: Sequence[Pole], personas: Mapping[str, tuple[str, ...]]
+    ) -> dict[str, tuple[tuple[float, ...], Drift]]:
+        """How much of each of its poles every composed persona takes, and its drift."""
         by_name = {pole.name: pole for pole in poles}
         composed = {name: parts for name, parts in personas.items() if len(parts) > 1}
-        reports = {}
+        found = {}
         for i, (name, parts) in enumerate(composed.items()):
             self.calibrator.progress("compositions", i, len(composed))
-            planes = [plane for part in parts for plane in by_name[part].planes]
-            reports[name] = asdict(self._drift(planes))
+            chosen = [by_name[part] for part in parts]
+            strengths = self._strengths(chosen)
+            found[name] = strengths, self._drift(_planes(chosen, strengths))
         if composed:
             self.calibrator.progress("compositions", len(composed), len(composed))
-        return reports
+        return found
+
+    def _strengths(self, poles: Sequence[Pole]) -> tuple[float, ...]:
+        """The strengths at which `poles` are composed (composition.py); all of them where the amount was given."""
+        settings = self.settings
+        if settings.composition_limit is None or settings.budget is not None or settings.density is not None:
+            return (1.0,) * len(poles)
+        limits = self._limits.share(settings.composition_limit)
+
+        def measure(strengths: Iterable[float]) -> NDArray[np.float64]:
+            return limits.used(expected(self._drift(_planes(poles, strengths))))
+
+        costs = np.stack([limits.used(expected(self._drift(pole.planes))) for pole in poles], axis=1)
+        found = strengths_within(measure, costs, lambda: (self._reserves(poles, ()), self._reserves(poles, poles)))
+        return tuple(map(float, found))
+
+    def _reserves(self, poles: Sequence[Pole], masks: Sequence[Pole]) -> NDArray[np.float64]:
+        """The mean margin toward each of `poles` over its standard deviation, with `masks` on, (n_poles,)."""
+        planes = _planes(masks, [1.0] * len(masks))
+        return np.array([self._reserve(pole, planes) for pole in poles])
+
+    def _reserve(self, pole: Pole, planes: Sequence[Plane]) -> float:
+        axis_set = next(item for item in self.spec.sets if item.axis == pole.axis)
+        some = axis_set.split()[0].limit(COMPOSED_CONTRASTS, seed=COMPOSED_SEED)
+
+        def compute() -> object:
+            pairs = [encode_contrast(self.model.tokenizer, c, i) for i, c in enumerate(some.contrasts)]
+            with masked(self.model, planes):
+                positive, negative = score_answers(self.model, pairs).levels
+            return [float(value) for value in positive - negative]
+
+        key = {"mask": planes_digest(planes), "contrasts": some.content_hash()}
+        found = np.array(self.calibrator.cached_json("contrast-margins", key, compute), np.float64)
+        toward = 1 if pole.name == axis_set.positive_pole else -1
+        return toward * float(found.mean()) / max(float(found.std()), 1e-6)
 
     def _pole_report(
         self,
@@ -291,3 +342,8 @@ class _Builder:
             "poles": dict(poles),
             "compositions": dict(compositions),
         }
+
+
+def _planes(poles: Sequence[Pole], strengths: Iterable[float]) -> list[Plane]:
+    """All planes of `poles`, each at its strength."""
+    return [plane for pole, strength in zip(poles, strengths, strict=True) for plane in pole.at(strength).planes]

@@ -67,6 +67,15 @@ class Limits:
         ratio, chat_kl = self.max_perplexity_ratio, self.max_chat_kl
         return Limits(None if ratio is None else ratio**share, None if chat_kl is None else chat_kl * share)
 
+    def used(self, drift: Drift) -> NDArray[np.float64]:
+        """The share of each limit that `drift` takes, (n_limits,); above 1 it is exceeded."""
+        used = []
+        if self.max_perplexity_ratio is not None:
+            used.append(math.log(drift.perplexity_ratio) / math.log(self.max_perplexity_ratio))
+        if self.max_chat_kl is not None:
+            used.append(drift.chat_kl / self.max_chat_kl)
+        return np.array(used, np.float64)
+
     @property
     def chat_weight(self) -> float:
         """What a nat on chat turns counts beside a nat on web text: the ratio of the two limits."""

@@ -17,7 +17,7 @@ from typing import Any
 from persona_edge.bits import entropy_bits
 from persona_edge.errors import PersonaNotFoundError
 from persona_edge.files import write_atomically
-from persona_edge.masks import ModelIdentity, PersonaSet, Plane, Pole, match_name
+from persona_edge.masks import ModelIdentity, PersonaSet, Plane, Pole, composed, match_name
 from persona_edge.pack_errors import (
     PackHeaderMalformedError,
     PackSectionTableError,
@@ -28,11 +28,14 @@ from persona_edge.pack_errors import (
 )
 from persona_edge.pack_header import (
     PREAMBLE_SIZE,
+    VERSION,
+    VERSION_WITH_STRENGTHS,
     Header,
     PoleEntry,
     SectionInfo,
     check_gate,
     front_size,
+    listed_poles,
     parse_header,
     preamble,
     units_per_tensor,
@@ -106,7 +109,7 @@ def encode_pack(personas: PersonaSet) -> tuple[bytes, PackSummary]:
     summaries: list[PlaneSummary] = []
     poles = [_encode_pole(pole, personas.identity, sections, summaries) for pole in personas.poles]
     header = _encode_header(personas, poles, sections)
-    front = preamble(header) + header
+    front = preamble(header, VERSION_WITH_STRENGTHS if _strengths(personas) else VERSION) + header
     parse_header(front)  # the reader's rules are the writer's rules
     data = b"".join([front, *(section for _, _, section in sections)])
     return data, PackSummary(len(data), len(header), len(sections[0][2]), tuple(summaries))
@@ -145,7 +148,8 @@ def fetch_persona(read_range: ReadRange, persona: str, source: str = "pack") -> 
         held = {s: s.check(_part(fetched, s)) for s in _sections_of(header, name)}
         identity = decode_identity(header, held[header.sections[0]])
         poles = tuple(_decode_pole(pole, header, held) for pole in header.poles if pole.name in header.personas[name])
-    return PersonaSet(identity, poles, {name: header.personas[name]}, header.report)
+    strengths = {name: header.strengths[name]} if name in header.strengths else {}
+    return PersonaSet(identity, poles, {name: header.personas[name]}, header.report, strengths)
 
 
 class MaskPack:
@@ -197,6 +201,11 @@ class MaskPack:
         return self._header.personas
 
     @property
+    def strengths(self) -> Mapping[str, tuple[float, ...]]:
+        """How much of each of its poles a persona takes, for those that take less than the whole of some."""
+        return self._header.strengths
+
+    @property
     def pole_names(self) -> tuple[str, ...]:
         """The names of all poles."""
         return tuple(pole.name for pole in self._header.poles)
@@ -230,10 +239,16 @@ class MaskPack:
                 self._poles[name] = _decode_pole(entries[0], self._header, self._held)
         return self._poles[name]
 
+    def resolve(self, persona: str) -> tuple[Pole, ...]:
+        """The poles of `persona`, spelled as in the pack, decoded and at its strengths. Raises as `pole` does."""
+        if persona not in self.personas:
+            raise PersonaNotFoundError(f"no persona {short(persona)}; this pack has {', '.join(self.personas)}")
+        return composed([self.pole(name) for name in self.personas[persona]], self.strengths.get(persona))
+
     def load(self) -> PersonaSet:
         """Everything, decoded."""
         poles = tuple(self.pole(name) for name in self.pole_names)
-        return PersonaSet(self.identity, poles, self.personas, self.report)
+        return PersonaSet(self.identity, poles, self.personas, self.report, self.strengths)
 
     def summary(self) -> PackSummary:
         """The sizes that `write_pack` reported. Decodes all planes, for the entropy bound depends on the counts."""
@@ -269,6 +284,11 @@ def _encode_pole(
     return {"axis": pole.axis, "name": pole.name, "planes": entries}
 
 
+def _strengths(personas: PersonaSet) -> bool:
+    """Whether some persona takes less than the whole of a pole, as only a newer version of the format can say."""
+    return any(strength != 1 for name in personas.personas for strength in personas.strengths.get(name, ()))
+
+
 def _encode_header(personas: PersonaSet, poles: list[dict[str, object]], sections: list[Section]) -> bytes:
     identity = personas.identity
     table, offset = [], 0
@@ -279,7 +299,9 @@ def _encode_header(personas: PersonaSet, poles: list[dict[str, object]], section
     return canonical_json(
         {
             "architecture": identity.architecture,
-            "personas": [[name, list(parts)] for name, parts in personas.personas.items()],
+            "personas": [
+                [name, listed_poles(parts, personas.strengths.get(name))] for name, parts in personas.personas.items()
+            ],
             "poles": poles,
             "report": _report(personas.report),
             "sections": table,

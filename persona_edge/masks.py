@@ -7,8 +7,8 @@ Words (docs/method.md): a *unit* is what one gate multiplies: a group of 32 cons
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -25,6 +25,7 @@ __all__ = [
     "Pole",
     "SignSample",
     "TensorShape",
+    "composed",
     "match_name",
 ]
 
@@ -114,19 +115,29 @@ class Pole:
     axis: str
     planes: tuple[Plane, ...]
 
+    def at(self, strength: float) -> Pole:
+        """The pole at a strength from 0 (nothing) to 1 (itself): a plane's gate g becomes 1 + strength * (g - 1)."""
+        if strength == 1:
+            return self
+        # Written so that strength 0 gives exactly 1.
+        gated = (replace(plane, gate=(1 - strength) + strength * plane.gate) for plane in self.planes)
+        return replace(self, planes=tuple(gated))
+
 
 @dataclass(frozen=True)
 class PersonaSet:
     """What a pack holds: the model's identity, poles, personas composed of poles, and the quality report.
 
     `personas` maps a persona's name to the names of its poles (`INFP` -> `("I", "N", "F", "P")`). A pole may itself be
-    listed as a persona. `report` is JSON-compatible.
+    listed as a persona. `strengths` says, for some personas, how much of each pole they take, in the same order, above
+    0 and at most 1; all of it where nothing is said. `report` is JSON-compatible.
     """
 
     identity: ModelIdentity
     poles: tuple[Pole, ...]
     personas: Mapping[str, tuple[str, ...]]
     report: Mapping[str, Any] = field(default_factory=dict)
+    strengths: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def pole(self, name: str) -> Pole:
         """The pole called `name`; PersonaNotFoundError when there is none."""
@@ -146,8 +157,16 @@ class PersonaSet:
         return name
 
     def resolve(self, persona: str) -> tuple[Pole, ...]:
-        """The poles that `persona` is composed of, in order. Found, or not, as `name_of` says."""
-        return tuple(self.pole(pole) for pole in self.personas[self.name_of(persona)])
+        """The poles that `persona` is composed of, in order and at its strengths. Found, or not, as `name_of` says."""
+        name = self.name_of(persona)
+        return composed([self.pole(pole) for pole in self.personas[name]], self.strengths.get(name))
+
+
+def composed(poles: Sequence[Pole], strengths: Sequence[float] | None) -> tuple[Pole, ...]:
+    """`poles`, each at its strength; as they are for None."""
+    if strengths is None:
+        return tuple(poles)
+    return tuple(pole.at(strength) for pole, strength in zip(poles, strengths, strict=True))
 
 
 def match_name(wanted: str, names: Iterable[str]) -> str | None:

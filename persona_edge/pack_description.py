@@ -36,6 +36,7 @@ def describe(pack: MaskPack, *, tensors: bool = False, verified: SketchResult | 
         "architecture": pack.identity.architecture,
         "n_tensors": len(pack.identity.tensors),
         "personas": {name: list(poles) for name, poles in pack.personas.items()},
+        "strengths": {name: list(strengths) for name, strengths in pack.strengths.items()},
         "poles": [_pole(pack, name, summary, tensors) for name in pack.pole_names],
         "sections": [
             {"name": s.name, "kind": s.kind, "offset": s.offset, "n_bytes": s.n_bytes, "sha256": s.sha256}
@@ -55,7 +56,7 @@ def pack_lines(pack: MaskPack, source: str, *, width: int = 80) -> list[str]:
         f"for a {printable(pack.identity.architecture)} model with {len(pack.identity.tensors)} maskable tensors, "
         f"{n_weights:,} weights",
         "",
-        *_persona_lines(pack.personas, width),
+        *_persona_lines(pack, width),
         "",
         *_plane_lines(pack, summary),
     ]
@@ -106,10 +107,17 @@ def _share(pack: MaskPack, plane: Plane) -> float:
     return plane.n_positions / sum(units_per_tensor(pack.identity.tensors, plane.granularity))
 
 
-def _persona_lines(personas: Mapping[str, tuple[str, ...]], width: int) -> list[str]:
-    composed = [(name, poles) for name, poles in personas.items() if poles != (name,)]
-    example = f", composed like {composed[0][0]} = {' + '.join(composed[0][1])}" if composed else ""
-    return [f"{len(personas)} personas{example}", *_filled(personas, width)]
+def _persona_lines(pack: MaskPack, width: int) -> list[str]:
+    composed = [name for name, poles in pack.personas.items() if poles != (name,)]
+    example = f", composed like {composed[0]} = {_sum_text(pack, composed[0])}" if composed else ""
+    return [f"{len(pack.personas)} personas{example}", *_filled(pack.personas, width)]
+
+
+def _sum_text(pack: MaskPack, persona: str) -> str:
+    """The poles of a persona with the strengths that are not 1: `E + 0.8 N + T + J`."""
+    poles = pack.personas[persona]
+    strengths = pack.strengths.get(persona, (1.0,) * len(poles))
+    return " + ".join(p if s == 1 else f"{s:g} {p}" for p, s in zip(poles, strengths, strict=True))
 
 
 def _plane_lines(pack: MaskPack, summary: PackSummary) -> list[str]:

@@ -41,20 +41,23 @@ __all__ = [
     "MAGIC",
     "PREAMBLE_SIZE",
     "VERSION",
+    "VERSION_WITH_STRENGTHS",
     "Header",
     "PlaneEntry",
     "PoleEntry",
     "SectionInfo",
     "check_gate",
     "front_size",
+    "listed_poles",
     "parse_header",
     "preamble",
     "units_per_tensor",
 ]
 
 MAGIC = b"\x89MPK\r\n\x1a\n"
-VERSION = 2  # the one that is written
-READABLE_VERSIONS = (1, 2)
+VERSION = 2  # what is written
+VERSION_WITH_STRENGTHS = 3  # what is written where a persona takes less than the whole of a pole
+READABLE_VERSIONS = (1, VERSION, VERSION_WITH_STRENGTHS)
 HEADER_LIMIT = 16 * 2**20  # bytes
 GATE_LIMIT = 65504.0  # the largest half-precision number, the type of the scales that gates multiply
 _PREAMBLE = struct.Struct("<8sII32s")
@@ -106,7 +109,8 @@ class PoleEntry:
 class Header:
     """A valid header. `sections[0]` is the sketch, the others are the planes in the order of the poles.
 
-    `version` is the pack's format: it says which code the planes of groups have.
+    `version` is the pack's format: it says which code the planes of groups have. `strengths` has the personas that take
+    less than the whole of some pole.
     """
 
     version: int
@@ -115,6 +119,7 @@ class Header:
     n_sketch_positions: int
     poles: tuple[PoleEntry, ...]
     personas: Mapping[str, tuple[str, ...]]
+    strengths: Mapping[str, tuple[float, ...]]
     report: Mapping[str, Any]
     sections: tuple[SectionInfo, ...]
 
@@ -129,11 +134,11 @@ def units_per_tensor(tensors: Sequence[TensorShape], granularity: Granularity) -
     return [t.n_units(granularity) if t.n_columns % granularity == 0 else 0 for t in tensors]
 
 
-def preamble(header: bytes) -> bytes:
-    """The 48 bytes that go before `header`."""
+def preamble(header: bytes, version: int) -> bytes:
+    """The 48 bytes that go before `header` in a pack of `version`."""
     if len(header) > HEADER_LIMIT:
         raise PackHeaderTooLargeError(f"the header has {len(header)} bytes, at most {HEADER_LIMIT} are allowed")
-    return _PREAMBLE.pack(MAGIC, VERSION, len(header), hashlib.sha256(header).digest())
+    return _PREAMBLE.pack(MAGIC, version, len(header), hashlib.sha256(header).digest())
 
 
 def front_size(prefix: bytes) -> int:
@@ -173,7 +178,7 @@ def _read_preamble(prefix: bytes) -> tuple[int, int, bytes]:
         raise PackTruncatedError(f"ends after {len(prefix)} bytes, within the first {PREAMBLE_SIZE}")
     _, version, n_bytes, digest = _PREAMBLE.unpack_from(prefix)
     if version not in READABLE_VERSIONS:
-        known = " and ".join(map(str, READABLE_VERSIONS))
+        known = ", ".join(map(str, READABLE_VERSIONS))
         raise PackVersionError(f"format version {version}, this reader knows versions {known}")
     if n_bytes > HEADER_LIMIT:
         raise PackHeaderTooLargeError(f"the header claims {n_bytes} bytes, at most {HEADER_LIMIT} are allowed")
@@ -182,14 +187,16 @@ def _read_preamble(prefix: bytes) -> tuple[int, int, bytes]:
 
 def _header(value: object, version: int, end: int) -> Header:
     keys = ("architecture", "personas", "poles", "report", "sections", "sketch", "tensors")
-    architecture, personas, poles, report, sections, sketch, tensors = as_members(value, "header", *keys)
+    architecture, listed, poles, report, sections, sketch, tensors = as_members(value, "header", *keys)
+    personas, strengths = _personas(listed, version)
     header = Header(
         version=version,
         architecture=as_name(architecture, "architecture", PackIdentityError),
         tensors=expand_tensors(tensors),
         n_sketch_positions=_sketch_positions(sketch),
         poles=tuple(_pole(p, f"poles[{i}]") for i, p in enumerate(as_array(poles, "poles"))),
-        personas=_personas(personas),
+        personas=personas,
+        strengths=strengths,
         report=as_object(report, "report"),
         sections=_sections(sections, end),
     )
@@ -220,8 +227,20 @@ def _plane(value: object, where: str) -> PlaneEntry:
     raise PackPlaneError(f"{where}: granularity {short(granularity)} is neither 1 nor 32")
 
 
-def _personas(value: object) -> dict[str, tuple[str, ...]]:
+def listed_poles(poles: Sequence[str], strengths: Sequence[float] | None) -> list[object]:
+    """A persona's poles as the header lists them: by name, and with its strength where that is not 1."""
+    if strengths is None:
+        return list(poles)
+    if len(strengths) != len(poles):
+        raise PackCompositionError(f"{len(strengths)} strengths for the {len(poles)} poles {', '.join(poles)}")
+    listed = zip(poles, map(float, strengths), strict=True)
+    return [name if strength == 1 else [name, strength] for name, strength in listed]
+
+
+def _personas(value: object, version: int) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[float, ...]]]:
+    """The poles of every persona, and the strengths of those that take less than the whole of some pole."""
     personas: dict[str, tuple[str, ...]] = {}
+    strengths: dict[str, tuple[float, ...]] = {}
     for index, item in enumerate(as_array(value, "personas")):
         where = f"personas[{index}]"
         pair = as_array(item, where)
@@ -230,8 +249,25 @@ def _personas(value: object) -> dict[str, tuple[str, ...]]:
         name = as_name(pair[0], where, PackCompositionError)
         if name in personas:
             raise PackCompositionError(f"persona {name!r} is given twice")
-        personas[name] = tuple(as_name(pole, where, PackCompositionError) for pole in as_array(pair[1], where))
-    return personas
+        parts = [_part(part, version, where) for part in as_array(pair[1], where)]
+        personas[name] = tuple(pole for pole, _ in parts)
+        if any(strength != 1 for _, strength in parts):
+            strengths[name] = tuple(strength for _, strength in parts)
+    if (version == VERSION_WITH_STRENGTHS) != bool(strengths):
+        raise PackCompositionError(f"no persona has strengths, as in version {VERSION_WITH_STRENGTHS} some has")
+    return personas, strengths
+
+
+def _part(value: object, version: int, where: str) -> tuple[str, float]:
+    """A pole's name and strength, from its name alone or both."""
+    if version != VERSION_WITH_STRENGTHS or not isinstance(value, list):
+        return as_name(value, where, PackCompositionError), 1.0
+    if len(value) != 2:
+        raise PackHeaderMalformedError(f"{where} has a part that is neither a pole nor a pole and a strength")
+    strength = value[1]
+    if type(strength) is not float or not 0 < strength < 1:  # the whole pole is spelled by its name alone
+        raise PackCompositionError(f"{where}: strength {short(strength)} is not a decimal number between 0 and 1")
+    return as_name(value[0], where, PackCompositionError), strength
 
 
 def _sketch_positions(value: object) -> int:

@@ -21,9 +21,7 @@ class AttachedPack(ABC):
         self.pack = pack
         poles = tuple(Pole(name, "", ()) for name in pack.pole_names)  # names alone: positions are decoded when needed
         self._outline = PersonaSet(pack.identity, poles, pack.personas)
-        self._compositions = CompositionCache(
-            lambda name: [pack.pole(pole.name) for pole in self._outline.resolve(name)]
-        )
+        self._compositions = CompositionCache(pack.resolve)
 
     def name_of(self, persona: str) -> str:
         """`persona` as the pack spells it; PersonaNotFoundError when it has none."""

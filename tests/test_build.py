@@ -180,6 +180,23 @@ def test_composed_personas_report_the_drift_of_all_their_poles(calibrator: Calib
     assert built.report["compositions"]["ET"]["chat_kl"] != pytest.approx(single, rel=1e-3)
 
 
+def test_a_composition_keeps_within_its_limits_by_the_strengths_of_its_poles(calibrator: Calibrators) -> None:
+    sets = (calibration_set(24), calibration_set(24, axis="TF", first=24))
+    spec = PersonaSpec("two", sets, {"ET": ("E", "T"), "E": ("E",), "T": ("T",)})
+    maker = calibrator()
+    settings = BuildSettings(max_perplexity_ratio=None, max_chat_kl=0.05, n_steps=1)
+    whole = build_personas(maker, spec, replace(settings, composition_limit=None))
+    drift = whole.report["compositions"]["ET"]["chat_kl"]
+    roomy = build_personas(maker, spec, replace(settings, composition_limit=1.01 * drift / 0.05))
+    tight = build_personas(maker, spec, replace(settings, composition_limit=0.6 * drift / 0.05))
+    assert whole.strengths == roomy.strengths == {}
+    assert tight.report["compositions"]["ET"]["chat_kl"] <= 0.6 * drift
+    assert tight.strengths.keys() == {"ET"}
+    assert_same_personas(replace(tight, strengths={}, report=whole.report), whole)  # the poles are the same
+    gates = [plane.gate for pole in tight.resolve("ET") for plane in pole.planes]
+    assert gates == [pytest.approx(1 - strength) for strength in tight.strengths["ET"]]
+
+
 def test_poles_that_are_composed_leave_each_others_axes_alone(calibrator: Calibrators) -> None:
     one = calibration_set(24)
     many = [replace(c, prompt=f"{c.prompt} {'again ' * j}") for c in contrasts(12) for j in range(4)]

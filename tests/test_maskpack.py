@@ -41,6 +41,7 @@ fuzz: Callable[[bytes], bool] = FUZZ["fuzz"]
 mutated: Callable[[bytes, random.Random], bytes] = FUZZ["mutated"]
 GOLDEN_1 = Path(__file__).parent / "golden" / "v1.maskpack"
 GOLDEN = Path(__file__).parent / "golden" / "v2.maskpack"
+GOLDEN_3 = Path(__file__).parent / "golden" / "v3.maskpack"
 
 
 def ascending(*values: int) -> NDArray[np.uint32]:
@@ -92,6 +93,11 @@ def golden_content() -> PersonaSet:
     return replace(first, identity=identity, poles=(*first.poles, pole), personas={**first.personas, "S": ("S",)})
 
 
+def third_golden_content() -> PersonaSet:
+    """What tests/golden/v3.maskpack holds: the same, with personas that take less than the whole of some pole."""
+    return replace(golden_content(), strengths={"EN": (0.85, 1.0), "S": (0.3,)})
+
+
 def assert_same(left: PersonaSet, right: PersonaSet) -> None:
     assert left.identity.architecture == right.identity.architecture
     assert left.identity.tensors == right.identity.tensors
@@ -100,6 +106,7 @@ def assert_same(left: PersonaSet, right: PersonaSet) -> None:
         assert np.array_equal(sample.positions, right.identity.sketch[name].positions)
         assert np.array_equal(sample.negative, right.identity.sketch[name].negative)
     assert list(left.personas.items()) == list(right.personas.items())
+    assert left.strengths == right.strengths
     assert left.report == right.report
     assert [(p.name, p.axis) for p in left.poles] == [(p.name, p.axis) for p in right.poles]
     for one, other in zip(left.poles, right.poles, strict=True):
@@ -115,7 +122,8 @@ def assert_same(left: PersonaSet, right: PersonaSet) -> None:
 def test_the_golden_files_hold_the_known_content() -> None:
     assert_same(MaskPack.open(GOLDEN_1).load(), first_golden_content())
     assert_same(MaskPack.open(GOLDEN).load(), golden_content())
-    assert (MaskPack.open(GOLDEN_1).version, MaskPack.open(GOLDEN).version) == (1, 2)
+    assert_same(MaskPack.open(GOLDEN_3).load(), third_golden_content())
+    assert [MaskPack.open(path).version for path in (GOLDEN_1, GOLDEN, GOLDEN_3)] == [1, 2, 3]
 
 
 def test_a_pack_of_version_1_is_written_again_as_version_2() -> None:
@@ -126,6 +134,30 @@ def test_a_pack_of_version_1_is_written_again_as_version_2() -> None:
 
 def test_the_known_content_is_written_as_the_golden_bytes() -> None:
     assert encode_pack(golden_content())[0] == GOLDEN.read_bytes()
+    assert encode_pack(third_golden_content())[0] == GOLDEN_3.read_bytes()
+
+
+def test_whole_poles_are_written_in_the_version_that_older_readers_know() -> None:
+    whole = replace(golden_content(), strengths={"EN": (1.0, 1.0)})
+    assert encode_pack(whole)[0] == GOLDEN.read_bytes()
+
+
+def test_a_persona_has_its_poles_at_its_strengths() -> None:
+    pack = MaskPack.open(GOLDEN_3)
+    e, n = pack.resolve("EN")
+    assert [plane.gate for plane in e.planes] == [0.15 + 0.85 * 0.5, 0.15 + 0.85 * -1.25]
+    assert n == pack.pole("N")
+    assert [pole.planes[0].gate for pole in pack.load().resolve("en")] == [e.planes[0].gate, 1.5]
+    assert pack.resolve("IN") == (pack.pole("I"), pack.pole("N"))
+    assert fetch_persona(Remote(GOLDEN_3.read_bytes()), "EN").strengths == {"EN": (0.85, 1.0)}
+    with pytest.raises(PersonaNotFoundError, match=r"no persona 'XX'; this pack has IN, EN"):
+        pack.resolve("XX")
+
+
+@pytest.mark.parametrize("strengths", [(0.5,), (0.5, 0.0), (0.5, 1.5), (-0.1, 1.0), (float("nan"), 1.0)])
+def test_strengths_that_no_reader_would_take_are_not_written(strengths: tuple[float, ...]) -> None:
+    with pytest.raises(PackError):
+        encode_pack(replace(golden_content(), strengths={"EN": strengths}))
 
 
 def test_the_front_of_the_golden_file_byte_for_byte() -> None:
@@ -301,7 +333,7 @@ def test_any_trailing_bytes_are_found(extra: bytes) -> None:
 
 
 def test_mutated_packs_raise_nothing_but_pack_errors() -> None:
-    for path in (GOLDEN_1, GOLDEN):
+    for path in (GOLDEN_1, GOLDEN, GOLDEN_3):
         golden, rng = path.read_bytes(), random.Random(0)
         assert fuzz(golden)
         assert sum(fuzz(mutated(golden, rng)) for _ in range(2000)) < 1000
@@ -334,7 +366,11 @@ def persona_sets(draw: st.DrawFn) -> PersonaSet:
     report = draw(
         st.dictionaries(st.text(max_size=5), st.one_of(st.integers(), st.floats(allow_nan=False, allow_infinity=False)))
     )
-    return PersonaSet(ModelIdentity("qwen2", tensors, sketch), poles, personas, report)
+    strength = st.floats(0, 1, exclude_min=True)
+    strengths = {"all": tuple(draw(strength) for _ in names)} if draw(st.booleans()) else {}
+    if all(s == 1 for s in strengths.get("all", ())):
+        strengths = {}
+    return PersonaSet(ModelIdentity("qwen2", tensors, sketch), poles, personas, report, strengths)
 
 
 @settings(max_examples=150, deadline=None)

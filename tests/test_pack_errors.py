@@ -36,6 +36,7 @@ from persona_edge.pack_errors import (
 
 GOLDEN_1 = Path(__file__).parent / "golden" / "v1.maskpack"
 GOLDEN = Path(__file__).parent / "golden" / "v2.maskpack"
+GOLDEN_3 = Path(__file__).parent / "golden" / "v3.maskpack"
 Header = dict[str, Any]
 Edit = Callable[[Header], object]
 
@@ -53,6 +54,23 @@ def forged(edit: Callable[[Header], object], sections: bytes | None = None) -> b
     edit(header)
     spelled = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
     return sealed(spelled, data[end:] if sections is None else sections)
+
+
+def with_strengths(part: object) -> bytes:
+    """The golden pack of version 3 with another first part of persona EN, and the checksum of the header right."""
+    data = GOLDEN_3.read_bytes()
+    end = front_size(data[:PREAMBLE_SIZE])
+    header = json.loads(data[PREAMBLE_SIZE:end])
+    header["personas"][1][1][0] = part
+    spelled = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    return sealed(spelled, data[end:], version=3)
+
+
+def without_strengths() -> bytes:
+    """The golden pack of version 2, said to be of version 3."""
+    data = golden()
+    end = front_size(data[:PREAMBLE_SIZE])
+    return sealed(data[PREAMBLE_SIZE:end], data[end:], version=3)
 
 
 def sealed(header: bytes, sections: bytes = b"", version: int = 2) -> bytes:
@@ -211,6 +229,14 @@ BAD_HEADERS: dict[type[PackError], dict[str, tuple[str, Edit]]] = {
     },
 }
 BAD_BYTES: dict[type[PackError], dict[str, tuple[str, Callable[[], bytes]]]] = {
+    PackCompositionError: {
+        "strength 0": ("strength 0.0 is not a decimal number between 0 and 1", partial(with_strengths, ["E", 0.0])),
+        "strength 1 spelled out": ("strength 1.0", partial(with_strengths, ["E", 1.0])),
+        "strength is whole": ("strength 1 is", partial(with_strengths, ["E", 1])),
+        "strength is text": ("strength '0.5'", partial(with_strengths, ["E", "0.5"])),
+        "strength of an unknown pole": ("names pole 'Q'", partial(with_strengths, ["Q", 0.5])),
+        "version 3 without a strength": ("no persona has strengths", without_strengths),
+    },
     NotAPackError: {
         "empty": ("not a mask pack", lambda: b""),
         "other magic": ("not a mask pack", lambda: b"GGUF" + bytes(100)),
@@ -222,8 +248,8 @@ BAD_BYTES: dict[type[PackError], dict[str, tuple[str, Callable[[], bytes]]]] = {
         "section cut": (r"ends after \d+ of \d+ bytes", lambda: golden()[:-1]),
     },
     PackVersionError: {
-        "version 0": ("version 0, this reader knows versions 1 and 2", lambda: sealed(b"{}", version=0)),
-        "version 3": ("version 3, this reader knows versions 1 and 2", lambda: sealed(b"{}", version=3)),
+        "version 0": ("version 0, this reader knows versions 1, 2, 3", lambda: sealed(b"{}", version=0)),
+        "version 4": ("version 4, this reader knows versions 1, 2, 3", lambda: sealed(b"{}", version=4)),
     },
     PackHeaderTooLargeError: {
         "huge header": (
@@ -243,6 +269,8 @@ BAD_BYTES: dict[type[PackError], dict[str, tuple[str, Callable[[], bytes]]]] = {
         "nested too deep": ("not JSON in UTF-8", lambda: sealed(b"[" * 10**6)),
         "number too long": ("not JSON in UTF-8", lambda: sealed(b"1" * 10**5)),
         "NaN": ("NaN is not a number", lambda: spelled_otherwise(b"0.003", b"NaN")),
+        "strength in version 2": ("string", partial(forged, put("personas", 0, 1, 0, value=["I", 0.5]))),
+        "pole with a strength too many": ("neither a pole nor a pole and", partial(with_strengths, ["E", 0.5, 0.5])),
         "key twice": (
             "key 'architecture' is given twice",
             lambda: spelled_otherwise(b'{"architecture"', b'{"architecture":"x","architecture"'),

@@ -78,6 +78,28 @@ def test_strength_zero_is_base(runtime: PersonaRuntime) -> None:
     assert (runtime.persona, runtime.strength) == ("Both", 0.0)
 
 
+def test_a_persona_takes_its_poles_at_the_strengths_of_the_pack(
+    runtime: PersonaRuntime, smollm2_personas: PersonaSet, smollm2_pack: Path
+) -> None:
+    """Like a pack whose poles have these gates themselves, at the user's strength too."""
+    before = runtime.weights_digest()
+    first, *rest = smollm2_personas.poles
+    weaker = replace(smollm2_personas, poles=(first.at(0.5), *rest))
+    digests = []
+    try:
+        for personas in (replace(smollm2_personas, strengths={"Both": (0.5, 1.0)}), weaker):
+            runtime.attach(MaskPack.from_bytes(encode_pack(personas)[0]))
+            for strength in (1.0, 0.7):
+                runtime.switch("both", strength)
+                digests.append(runtime.weights_digest())
+    finally:
+        runtime.attach(smollm2_pack)
+    assert digests[:2] == digests[2:]
+    assert len({before, *digests}) == 3
+    runtime.switch("Both")
+    assert runtime.weights_digest() not in digests
+
+
 @pytest.mark.parametrize("strength", [-0.1, 1.01, float("nan"), float("inf"), "half", None])
 def test_strengths_that_are_none(runtime: PersonaRuntime, strength: float) -> None:
     before = runtime.weights_digest()

@@ -30,7 +30,14 @@ _METHODS = ("contrastive-fisher", "wanda", "contrastive-wanda", "contrastive-spa
 @click.option("--method", type=click.Choice(_METHODS), default="contrastive-fisher", show_default=True)
 @click.option("--granularity", type=click.Choice(["group", "weight"]), default=None, help="What one gate multiplies.")
 @click.option("--max-chat-kl", type=float, default=0.19, show_default=True, help="Most drift on chat, nats per token.")
-@click.option("--max-perplexity-ratio", type=float, default=1.019, show_default=True, help="Most perplexity, vs base.")
+@click.option("--max-perplexity-ratio", type=float, default=1.017, show_default=True, help="Most perplexity, vs base.")
+@click.option(
+    "--composition-limit",
+    type=float,
+    default=2.5,
+    show_default=True,
+    help="Most drift of composed personas, in limits of a pole.",
+)
 @click.option("--budget", type=float, help="Fix the damage in nats per token, instead of searching for it.")
 @click.option("--steps", type=click.IntRange(1, 16), default=3, show_default=True, help="Measure benefits this often.")
 @click.option("--density", type=float, help="Fix the share of masked units, instead of searching.")
@@ -81,6 +88,7 @@ def _request(options: dict[str, Any]) -> Any:
         amplify_gate=options["amplify_gate"],
         max_perplexity_ratio=None if fixed else options["max_perplexity_ratio"],
         max_chat_kl=None if fixed else options["max_chat_kl"],
+        composition_limit=options["composition_limit"],
         budget=options["budget"],
         density=options["density"],
         include=options["include"],
