@@ -60,7 +60,7 @@ class BuildSettings:
     amplify_gate: float | None = None
     max_perplexity_ratio: float | None = 1.017
     max_chat_kl: float | None = 0.19
-    composition_limit: float | None = 2.5
+    composition_limit: float | None = 2.3
     budget: float | None = None
     density: float | None = None
     include: Sequence[str] = field(default=())
@@ -80,7 +80,7 @@ class BuildSettings:
         if self.n_steps < 1 or self.step_contrasts < 1 or self.search_trials < 1:
             raise InputError("a mask needs at least 1 step, 1 contrast in each and 1 trial of the budget search")
         if self.composition_limit is not None and self.composition_limit <= 0:
-            raise InputError(f"a composition may not drift {self.composition_limit} times as far as a pole; give 2.5")
+            raise InputError(f"a composition may not drift {self.composition_limit} times as far as a pole; give 2.3")
 
 
 @dataclass(frozen=True)
