@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from persona_edge.errors import InputError, SelectionError
 
-__all__ = ["BudgetResult", "Drift", "Trial", "search_budget"]
+__all__ = ["BudgetResult", "Drift", "Trial", "search_budget", "shares_of_limits"]
 
 _LARGEST_STEP_UP = 8.0  # a budget far too large teaches nothing but that it is too large
 _LARGEST_STEP_DOWN = 32.0
@@ -55,6 +55,18 @@ class BudgetResult:
     trials: tuple[Trial, ...]
 
 
+def shares_of_limits(drift: Drift, max_perplexity_ratio: float | None, max_chat_kl: float | None) -> list[float]:
+    """What `drift` uses of each limit that there is, as a share of it: above 1 it is exceeded."""
+    shares = []
+    if max_perplexity_ratio is not None:
+        ratio = drift.perplexity_ratio
+        # Logarithms, so that the share is in nats per token like the budget and near 0 for a harmless mask.
+        shares.append(math.log(ratio) / math.log(max_perplexity_ratio) if ratio > 0 else math.inf)
+    if max_chat_kl is not None:
+        shares.append(drift.chat_kl / max_chat_kl)
+    return shares
+
+
 @dataclass(frozen=True)
 class _Limits:
     max_perplexity_ratio: float | None
@@ -62,14 +74,8 @@ class _Limits:
 
     def used(self, drift: Drift) -> float:
         """The share of the tightest limit that `drift` uses: 1 is exactly at it, infinity a broken model."""
-        shares = [_FLOOR]
-        if self.max_perplexity_ratio is not None:
-            ratio = drift.perplexity_ratio
-            # Logarithms, so that the share is in nats per token like the budget and near 0 for a harmless mask.
-            shares.append(math.log(ratio) / math.log(self.max_perplexity_ratio) if ratio > 0 else math.inf)
-        if self.max_chat_kl is not None:
-            shares.append(drift.chat_kl / self.max_chat_kl)
-        return math.inf if any(math.isnan(share) for share in shares) else max(shares)
+        shares = shares_of_limits(drift, self.max_perplexity_ratio, self.max_chat_kl)
+        return math.inf if any(math.isnan(share) for share in shares) else max(_FLOOR, *shares)
 
     def within(self, drift: Drift) -> bool:
         return (self.max_perplexity_ratio is None or drift.perplexity_ratio <= self.max_perplexity_ratio) and (

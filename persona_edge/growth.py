@@ -26,7 +26,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from persona_edge.budget_search import BudgetResult, Drift, Trial, search_budget
+from persona_edge.budget_search import BudgetResult, Drift, Trial, search_budget, shares_of_limits
 from persona_edge.calibration import Calibrator, Progress
 from persona_edge.collect import Focus
 from persona_edge.contrasts import CalibrationSet
@@ -69,12 +69,7 @@ class Limits:
 
     def used(self, drift: Drift) -> NDArray[np.float64]:
         """The share of each limit that `drift` takes, (n_limits,); above 1 it is exceeded."""
-        used = []
-        if self.max_perplexity_ratio is not None:
-            used.append(math.log(drift.perplexity_ratio) / math.log(self.max_perplexity_ratio))
-        if self.max_chat_kl is not None:
-            used.append(drift.chat_kl / self.max_chat_kl)
-        return np.array(used, np.float64)
+        return np.array(shares_of_limits(drift, self.max_perplexity_ratio, self.max_chat_kl), np.float64)
 
     @property
     def chat_weight(self) -> float:
