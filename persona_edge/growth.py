@@ -7,7 +7,7 @@ they are from won (`collect.Focus`). Being of few contrasts, they are noisy; the
 
 What a mask costs is not the sum of what its gates cost alone either: they all push the model the same way, and most of
 the drift is what they do together. The gradient of the drift of the mask so far tells, for each further gate, how much
-it adds to that or takes from it. A step's benefits pay for it (`DRIFT_PRICE`), so that a mask grows where it has its
+it adds. A step's benefits pay for it (`DRIFT_PRICE`), so that a mask grows where it has its
 effect without more of the same drift. A step's budget is found by measured drift (budget_search.py): it spends up to
 its share of both limits.
 
@@ -214,10 +214,10 @@ class Growth:
         return Grown(planes, self.drift(planes), (*grown.steps, result))
 
     def _charged(self, benefits: Benefits, ranked: RankedPlanes, grown: Grown, aim: _Aim, step: int) -> Benefits:
-        """The benefits less what closing each gate adds to the drift of the mask so far.
+        """The benefits less what gating each unit adds to the drift of the mask so far.
 
-        The price of a nat is a share of what a budget as large as the last step's buys per nat, `ranked` as it is. What
-        has no benefit of its own gets none: gates closed only to undo drift undo the persona with it.
+        The price of a nat is a share of what a budget as large as the last step's buys per nat, `ranked` as it is. A
+        unit that would undo drift is paid nothing for it: masks of such units undo the persona as well.
         """
         try:
             gain = sum(sum_over(benefits, p.positions) * (1 - p.gate) for p in ranked.take(self._first_budget))
@@ -232,11 +232,9 @@ class Growth:
         )
 
         def charged(name: str) -> NDArray[np.float32]:
-            own = benefits[name]
-            paid = own + price * gradient[name]
-            # A gate that may be amplified has a benefit of its own in either direction, but only in one.
-            helps = own * (price if self.gates.amplify is None else paid) > 0
-            return np.where(helps, paid, np.float32(0))
+            own, charge = benefits[name], price * gradient[name]
+            paid = own + np.where(charge * own < 0, charge, np.float32(0))
+            return np.where(own * paid > 0, paid, np.float32(0))
 
         return PerTensor(benefits, charged)
 

@@ -162,14 +162,16 @@ def test_later_steps_pay_for_what_they_add_to_the_drift(
     grower, _ = growth(calibrator)
     grown = grower.grow(items, calibrator.gate_benefits(items), side, "E or I")
     assert len(gradients) == 2
-    sign = 1 if side == "positive" else -1
     for step, gradient in enumerate(gradients, start=1):
         (before, plainly), (after, charged) = ranked[2 * step - 1 : 2 * step + 1]
         budget = grown.steps[step - 1].budget
         gain = sum(sum_over(before, plane.positions) for plane in plainly.take(budget))
         for name, own in before.items():
-            expected = np.where(sign * own > 0, own + gain / budget * gradient[name], 0)
+            charge = gain / budget * gradient[name]
+            # Nothing is paid for undoing drift, and nobody pays more than the whole of a benefit.
+            expected = np.sign(own) * np.clip(np.abs(own) + np.minimum(np.sign(own) * charge, 0), 0, None)
             np.testing.assert_allclose(after[name], expected, rtol=1e-3, atol=1e-5 * np.abs(own).max())
+            assert (np.abs(after[name]) <= np.abs(own)).all()
         added = [-sum(sum_over(gradient, plane.positions) for plane in r.take(budget)) for r in (plainly, charged)]
         assert added[1] < added[0]
 
