@@ -37,8 +37,9 @@ from persona_edge.tensor_filter import filter_tensors
 
 __all__ = ["BuildSettings", "build_personas"]
 
-COMPOSED_CONTRASTS, COMPOSED_SEED = 24, 101
-"""How many calibration contrasts of an axis say how well a composition holds its pole, and which."""
+BASE_CONTRASTS, COMPOSED_CONTRASTS, COMPOSED_SEED = 120, 24, 7
+"""How many calibration contrasts of an axis say where the base model stands and how far a composition moves it; the
+differences of the few are as steady as the positions of the many."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class BuildSettings:
     amplify_gate: float | None = None
     max_perplexity_ratio: float | None = 1.017
     max_chat_kl: float | None = 0.19
-    composition_limit: float | None = 2.3
+    composition_limit: float | None = 2.5
     budget: float | None = None
     density: float | None = None
     include: Sequence[str] = field(default=())
@@ -80,7 +81,7 @@ class BuildSettings:
         if self.n_steps < 1 or self.step_contrasts < 1 or self.search_trials < 1:
             raise InputError("a mask needs at least 1 step, 1 contrast in each and 1 trial of the budget search")
         if self.composition_limit is not None and self.composition_limit <= 0:
-            raise InputError(f"a composition may not drift {self.composition_limit} times as far as a pole; give 2.3")
+            raise InputError(f"a composition may not drift {self.composition_limit} times as far as a pole; give 2.5")
 
 
 @dataclass(frozen=True)
@@ -284,28 +285,37 @@ class _Builder:
             return limits.used(expected(self._drift(_planes(poles, strengths))))
 
         costs = np.stack([limits.used(expected(self._drift(pole.planes))) for pole in poles], axis=1)
-        found = strengths_within(measure, costs, lambda: (self._reserves(poles, ()), self._reserves(poles, poles)))
+        found = strengths_within(measure, costs, lambda: self._reserves(poles))
         return tuple(map(float, found))
 
-    def _reserves(self, poles: Sequence[Pole], masks: Sequence[Pole]) -> NDArray[np.float64]:
-        """The mean margin toward each of `poles` over its standard deviation, with `masks` on, (n_poles,)."""
-        planes = _planes(masks, [1.0] * len(masks))
-        return np.array([self._reserve(pole, planes) for pole in poles])
+    def _reserves(self, poles: Sequence[Pole]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Mean margins toward each of `poles` over their standard deviation, without a mask and with all on."""
+        planes = _planes(poles, [1.0] * len(poles))
+        before, after = np.transpose([self._reserve(pole, planes) for pole in poles])
+        return before, after
 
-    def _reserve(self, pole: Pole, planes: Sequence[Plane]) -> float:
+    def _reserve(self, pole: Pole, planes: Sequence[Plane]) -> tuple[float, float]:
         axis_set = next(item for item in self.spec.sets if item.axis == pole.axis)
-        some = axis_set.split()[0].limit(COMPOSED_CONTRASTS, seed=COMPOSED_SEED)
+        calibration = axis_set.split()[0]
+        toward = 1 if pole.name == axis_set.positive_pole else -1
+        base = toward * self._contrast_margins(calibration.limit(BASE_CONTRASTS, seed=COMPOSED_SEED), ())
+        some = calibration.limit(COMPOSED_CONTRASTS, seed=COMPOSED_SEED)
+        moved = toward * (self._contrast_margins(some, planes) - self._contrast_margins(some, ()))
+        spread = max(float(base.std()), 1e-6)
+        before = float(base.mean()) / spread
+        return before, before + float(moved.mean()) / spread
+
+    def _contrast_margins(self, contrasts: CalibrationSet, planes: Sequence[Plane]) -> NDArray[np.float64]:
+        """The margin of each contrast with `planes` on, nats per token toward the positive pole."""
 
         def compute() -> object:
-            pairs = [encode_contrast(self.model.tokenizer, c, i) for i, c in enumerate(some.contrasts)]
+            pairs = [encode_contrast(self.model.tokenizer, c, i) for i, c in enumerate(contrasts.contrasts)]
             with masked(self.model, planes):
                 positive, negative = score_answers(self.model, pairs).levels
             return [float(value) for value in positive - negative]
 
-        key = {"mask": planes_digest(planes), "contrasts": some.content_hash()}
-        found = np.array(self.calibrator.cached_json("contrast-margins", key, compute), np.float64)
-        toward = 1 if pole.name == axis_set.positive_pole else -1
-        return toward * float(found.mean()) / max(float(found.std()), 1e-6)
+        key = {"mask": planes_digest(planes), "contrasts": contrasts.content_hash()}
+        return np.array(self.calibrator.cached_json("contrast-margins", key, compute), np.float64)
 
     def _pole_report(
         self,

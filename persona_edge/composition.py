@@ -5,17 +5,16 @@ what is wanted of a persona. So a composition takes some of them at a strength b
 spare. At strength s a pole moves its margin by about s times as much and costs about s^2 of its drift, so with
 
     z_p(s) = before_p + UNSEEN s (after_p - before_p)      mean margin toward pole p over its standard deviation
-    sum_p ln Phi(z_p(s_p))                                 is largest
+    sum_p exp(-SHARPNESS z_p(s_p))                         is least
     subject to sum_p cost_lp s_p^2 <= 1                    for every limit l, cost as a share of the limit
 
-The sum is the logarithm of the chance that a contrast of every axis is won at once: a pole that wins all of its
-contrasts gives way, one that hardly holds does not. Both sums fall apart into poles, so one Lagrange multiplier, found
-by bisection, leaves a search over the strengths of a single pole. NumPy only; docs/method.md has what it gains.
+The sum is ruled by the pole that is held least, as a persona has to hold all of its poles at once: one that wins all of
+its contrasts gives way, one that hardly holds does not. Both sums fall apart into poles, so one Lagrange multiplier,
+found by bisection, leaves a search over the strengths of a single pole. NumPy only; docs/method.md has what it gains.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -28,6 +27,8 @@ CHOICES: Floats = np.arange(30, 101, 5) / 100
 """The strengths to choose from."""
 UNSEEN = 0.65
 """How far contrasts that a mask has not seen move, as a share of how far those move that it was found with."""
+SHARPNESS = 3.0
+"""How much more a pole that is held less counts; infinity would be the least one alone."""
 HALVINGS = 40
 TRIALS = 4
 LEAST_COST = 1e-6  # of a limit, so that a pole without drift divides by no zero
@@ -66,7 +67,7 @@ def balanced_strengths(before: Floats, after: Floats, costs: Floats) -> Floats:
     """
     if _within(np.ones(len(before)), costs):
         return np.ones(len(before))
-    held = _log_normal_cdf(before[:, None] + UNSEEN * (after - before)[:, None] * CHOICES)
+    held = -np.exp(-SHARPNESS * (before[:, None] + UNSEEN * (after - before)[:, None] * CHOICES))
     exceeded = costs[costs.sum(1) > 1].sum(0)
 
     def at(price: float) -> Floats:
@@ -81,10 +82,3 @@ def balanced_strengths(before: Floats, after: Floats, costs: Floats) -> Floats:
 
 def _within(strengths: Floats, costs: Floats) -> bool:
     return bool((costs @ strengths**2 <= 1).all())
-
-
-def _log_normal_cdf(z: Floats) -> Floats:
-    """ln Phi(z), finite also far below zero."""
-    shares = np.array([0.5 * math.erfc(-value / math.sqrt(2)) for value in z.ravel()]).reshape(z.shape)
-    far = -0.5 * z**2 - np.log(np.maximum(-z, 1.0) * math.sqrt(2 * math.pi))
-    return np.where(z < -8, far, np.log(np.maximum(shares, 1e-300)))

@@ -34,7 +34,7 @@ _METHODS = ("contrastive-fisher", "wanda", "contrastive-wanda", "contrastive-spa
 @click.option(
     "--composition-limit",
     type=float,
-    default=2.3,
+    default=2.5,
     show_default=True,
     help="Most drift of composed personas, in limits of a pole.",
 )
