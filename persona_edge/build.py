@@ -50,9 +50,9 @@ class BuildSettings:
     token). `budget` (nats per token) or `density` (share of units) fixes the amount instead of searching for it, and is
     spent in one step; the paper's methods need `density`. A composition may drift `composition_limit` times as far as a
     pole, and takes its poles at strengths that keep it there (composition.py); None takes all of them, as does a fixed
-    amount. `n_steps` is how often benefits are measured, each time but
-    the first on `step_contrasts` contrasts and with the mask so far (growth.py). `separate_axes` keeps a pole from
-    moving the axes that it is composed with (separation.py); a mask cut at a `density` does not.
+    amount. `n_steps` is how often benefits are measured, each time but the first on `step_contrasts` contrasts and with
+    the mask so far (growth.py). `separate_axes` keeps a pole from moving the axes that it is composed with
+    (separation.py); a mask cut at a `density` does not.
     """
 
     method: Method = "contrastive-fisher"

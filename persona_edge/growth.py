@@ -7,9 +7,8 @@ they are from won (`collect.Focus`). Being of few contrasts, they are noisy; the
 
 What a mask costs is not the sum of what its gates cost alone either: they all push the model the same way, and most of
 the drift is what they do together. The gradient of the drift of the mask so far tells, for each further gate, how much
-it adds. A step's benefits pay for it (`DRIFT_PRICE`), so that a mask grows where it has its
-effect without more of the same drift. A step's budget is found by measured drift (budget_search.py): it spends up to
-its share of both limits.
+it adds. A step's benefits pay for it (`DRIFT_PRICE`), so that a mask grows where it has its effect without more of the
+same drift. A step's budget is found by measured drift (budget_search.py): it spends up to its share of both limits.
 
 One step wins as many contrasts with half the groups; but what it makes of free replies repeats itself (docs/method.md).
 """
