@@ -59,8 +59,8 @@ class BuildSettings:
     granularity: Granularity = 32
     suppress_gate: float = 0.0
     amplify_gate: float | None = None
-    max_perplexity_ratio: float | None = 1.017
-    max_chat_kl: float | None = 0.19
+    max_perplexity_ratio: float | None = 1.015
+    max_chat_kl: float | None = 0.18
     composition_limit: float | None = 2.5
     budget: float | None = None
     density: float | None = None

@@ -55,13 +55,14 @@ class CalibrationSettings:
     """What besides model and data the statistics depend on.
 
     `max_batch_tokens` bounds a padded batch, and with it memory. Neutral texts are cut to `neutral_tokens`, answers to
-    `answer_tokens`. `held_out` is the share of neutral data kept for measuring.
+    `answer_tokens`. `held_out` and `held_out_web` are the shares of neutral turns and passages kept for measuring.
     """
 
     max_batch_tokens: int = 1024
     neutral_tokens: int = 128
     answer_tokens: int = 64
     held_out: float = 0.25
+    held_out_web: float = 1 / 3
     gate_fisher: bool = True
     granularity: Granularity = 32
     seed: int = 0
@@ -69,7 +70,7 @@ class CalibrationSettings:
 
 @dataclass(frozen=True)
 class NeutralData:
-    """Encoded neutral text, one half to compute damage on and one to measure drift on."""
+    """Encoded neutral text: one part to compute damage on and one to measure drift on."""
 
     web: tuple[EncodedText, ...]
     chat: tuple[EncodedText, ...]
@@ -212,13 +213,9 @@ class Calibrator:
         chat = [encode_chat(tokenizer, prompt, text) for prompt, text in self.neutral_turns() if text.strip()]
         if not chat:
             raise CalibrationError("the model answers every neutral prompt with nothing; is it a language model?")
-        every = max(2, round(1 / settings.held_out))
-        return NeutralData(
-            web=tuple(text for i, text in enumerate(web) if i % every),
-            chat=tuple(text for i, text in enumerate(chat) if i % every),
-            held_out_web=tuple(web[::every]),
-            held_out_chat=tuple(chat[::every]),
-        )
+        web_part, held_out_web = _parts(web, settings.held_out_web)
+        chat_part, held_out_chat = _parts(chat, settings.held_out)
+        return NeutralData(web_part, chat_part, held_out_web, held_out_chat)
 
     def neutral_turns(self) -> tuple[tuple[str, str], ...]:
         """(prompt, the unmasked model's own sampled answer) for every neutral prompt."""
@@ -317,6 +314,12 @@ def _halves(calibration_set: CalibrationSet) -> list[tuple[CalibrationSet, str]]
     if first is second:
         return [(calibration_set, f"contrasts {axis}")]
     return [(first, f"contrasts {axis}, first half"), (second, f"contrasts {axis}, second half")]
+
+
+def _parts(texts: Sequence[EncodedText], held_out: float) -> tuple[tuple[EncodedText, ...], tuple[EncodedText, ...]]:
+    """Those for damage, and the share `held_out` for measuring: every n-th, the first included."""
+    every = max(2, round(1 / held_out))
+    return tuple(text for i, text in enumerate(texts) if i % every), tuple(texts[::every])
 
 
 def read_json(path: Path, key: Mapping[str, object]) -> object:

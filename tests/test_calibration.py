@@ -291,7 +291,7 @@ def test_progress_ends_at_its_total(model: TorchModel, tmp_path: Path) -> None:
 def test_neutral_data_is_divided_between_damage_and_measuring(model: TorchModel, answered: Path) -> None:
     data = make(model, answered).neutral_data()
     assert len(data.web) + len(data.held_out_web) == len(neutral_texts())
-    assert len(data.held_out_web) == -(-len(neutral_texts()) // 4)
+    assert len(data.held_out_web) == -(-len(neutral_texts()) // 3)
     assert not set(data.web) & set(data.held_out_web)
     assert not set(data.chat) & set(data.held_out_chat)
     assert all(text.n_scored <= 20 for text in (*data.web, *data.held_out_web))
