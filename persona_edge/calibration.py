@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -37,13 +38,14 @@ from persona_edge.persona_sets import neutral_prompts, neutral_texts
 from persona_edge.scores import suppression_benefit
 from persona_edge.statistics import Statistics, load_statistics, merge, save_statistics, stored_means
 
-__all__ = ["CalibrationSettings", "Calibrator", "DamageStatistics", "NeutralData", "Progress", "silent"]
+__all__ = ["CalibrationSettings", "Calibrator", "DamageStatistics", "NeutralData", "Progress", "divided", "silent"]
 
 # Raised whenever the same data and settings would give other sums.
 FORMULA_VERSION = 3
 SECONDS_BETWEEN_CHECKPOINTS = 20.0
 
 Progress = Callable[[str, int, int], None]
+_Text = TypeVar("_Text")
 
 
 def silent(_stage: str, _done: int, _total: int) -> None:
@@ -213,9 +215,9 @@ class Calibrator:
         chat = [encode_chat(tokenizer, prompt, text) for prompt, text in self.neutral_turns() if text.strip()]
         if not chat:
             raise CalibrationError("the model answers every neutral prompt with nothing; is it a language model?")
-        web_part, held_out_web = _parts(web, settings.held_out_web)
-        chat_part, held_out_chat = _parts(chat, settings.held_out)
-        return NeutralData(web_part, chat_part, held_out_web, held_out_chat)
+        web_part, held_out_web = divided(web, settings.held_out_web)
+        chat_part, held_out_chat = divided(chat, settings.held_out)
+        return NeutralData(web=web_part, chat=chat_part, held_out_web=held_out_web, held_out_chat=held_out_chat)
 
     def neutral_turns(self) -> tuple[tuple[str, str], ...]:
         """(prompt, the unmasked model's own sampled answer) for every neutral prompt."""
@@ -316,8 +318,8 @@ def _halves(calibration_set: CalibrationSet) -> list[tuple[CalibrationSet, str]]
     return [(first, f"contrasts {axis}, first half"), (second, f"contrasts {axis}, second half")]
 
 
-def _parts(texts: Sequence[EncodedText], held_out: float) -> tuple[tuple[EncodedText, ...], tuple[EncodedText, ...]]:
-    """Those for damage, and the share `held_out` for measuring: every n-th, the first included."""
+def divided(texts: Sequence[_Text], held_out: float) -> tuple[tuple[_Text, ...], tuple[_Text, ...]]:
+    """Neutral texts to compute damage on, and about the share `held_out` of them to measure on: every n-th, n >= 2."""
     every = max(2, round(1 / held_out))
     return tuple(text for i, text in enumerate(texts) if i % every), tuple(texts[::every])
 

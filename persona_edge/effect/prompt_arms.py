@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from persona_edge.calibration import divided
 from persona_edge.contrasts import CalibrationSet
 from persona_edge.effect.arm_context import ArmContext, calibration_part, pole_name, require_packages
 from persona_edge.effect.interfaces import Arm, ChatMessage, Engine, user_message
@@ -140,10 +141,10 @@ def _chat_kl(context: ArmContext, messages: Messages) -> float:
     """KL(model || model so prompted) in nats per token, on the model's own answers to held-out neutral prompts."""
     engine = TorchEngine(context.model)
     turns = [turn for turn in context.calibrator.neutral_turns() if turn[1].strip()]
-    every = max(2, round(1 / context.calibrator.settings.held_out))
+    _, held_out = divided(turns, context.calibrator.settings.held_out)
     plain: list[EncodedText] = []
     prompted: list[EncodedText] = []
-    for prompt, answer in turns[::every]:
+    for prompt, answer in held_out:
         tokens = engine.text_tokens(answer)[:MAX_RESPONSE_TOKENS]
         for texts, asked in ((plain, user_message(prompt)), (prompted, messages(prompt))):
             texts.append(EncodedText((*engine.chat_tokens(asked), *tokens), len(tokens)))
