@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from persona_edge import __version__
 from persona_edge.budget_search import Drift
 from persona_edge.calibration import Calibrator
-from persona_edge.composition import strengths_within
+from persona_edge.composition import Effects, strengths_within
 from persona_edge.contrasts import CalibrationSet
 from persona_edge.encoding import EncodedText, encode_contrast
 from persona_edge.errors import CalibrationError, InputError
@@ -37,9 +37,10 @@ from persona_edge.tensor_filter import filter_tensors
 
 __all__ = ["BuildSettings", "build_personas"]
 
-BASE_CONTRASTS, COMPOSED_CONTRASTS, COMPOSED_SEED = 120, 24, 7
-"""How many calibration contrasts of an axis say where the base model stands and how far a composition moves it; the
-differences of the few are as steady as the positions of the many."""
+BASE_CONTRASTS, COMPOSED_CONTRASTS, COMPOSED_SEED = 120, 40, 7
+"""How many calibration contrasts of an axis say where the base model stands and how far masks move it; the differences
+of the few are as steady as the positions of the many."""
+LEAST_SPREAD = 1e-6  # nats per token, where all margins are the same
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class BuildSettings:
     granularity: Granularity = 32
     suppress_gate: float = 0.0
     amplify_gate: float | None = None
-    max_perplexity_ratio: float | None = 1.015
+    max_perplexity_ratio: float | None = 1.018
     max_chat_kl: float | None = 0.18
     composition_limit: float | None = 2.5
     budget: float | None = None
@@ -285,25 +286,39 @@ class _Builder:
             return limits.used(expected(self._drift(_planes(poles, strengths))))
 
         costs = np.stack([limits.used(expected(self._drift(pole.planes))) for pole in poles], axis=1)
-        found = strengths_within(measure, costs, lambda: self._reserves(poles))
+        found = strengths_within(measure, costs, self._effects(poles))
         return tuple(map(float, found))
 
-    def _reserves(self, poles: Sequence[Pole]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Mean margins toward each of `poles` over their standard deviation, without a mask and with all on."""
-        planes = _planes(poles, [1.0] * len(poles))
-        before, after = np.transpose([self._reserve(pole, planes) for pole in poles])
-        return before, after
+    def _effects(self, poles: Sequence[Pole]) -> Effects:
+        """How far each of `poles` moves its axis, alone and with each of the others beside it."""
+        before = [self._margin_before(pole) for pole in poles]
+        alone = [self._moved(pole, (pole,)) for pole in poles]
+        beside = [
+            [0.0 if other is pole else self._moved(pole, (pole, other)) - alone[p] for other in poles]
+            for p, pole in enumerate(poles)
+        ]
+        return Effects(np.array(before), np.array(alone), np.array(beside))
 
-    def _reserve(self, pole: Pole, planes: Sequence[Plane]) -> tuple[float, float]:
-        axis_set = next(item for item in self.spec.sets if item.axis == pole.axis)
-        calibration = axis_set.split()[0]
-        toward = 1 if pole.name == axis_set.positive_pole else -1
-        base = toward * self._contrast_margins(calibration.limit(BASE_CONTRASTS, seed=COMPOSED_SEED), ())
-        some = calibration.limit(COMPOSED_CONTRASTS, seed=COMPOSED_SEED)
+    def _margin_before(self, pole: Pole) -> float:
+        """The mean margin of calibration contrasts toward `pole`, without a mask, over its standard deviation."""
+        contrasts, toward = self._contrasts_of(pole)
+        margins_ = toward * self._contrast_margins(contrasts.limit(BASE_CONTRASTS, seed=COMPOSED_SEED), ())
+        return float(margins_.mean()) / max(float(margins_.std()), LEAST_SPREAD)
+
+    def _moved(self, pole: Pole, on: Sequence[Pole]) -> float:
+        """How far the poles `on`, whole, move that mean."""
+        contrasts, toward = self._contrasts_of(pole)
+        spread = self._contrast_margins(contrasts.limit(BASE_CONTRASTS, seed=COMPOSED_SEED), ()).std()
+        some = contrasts.limit(COMPOSED_CONTRASTS, seed=COMPOSED_SEED)
+        in_order = sorted(on, key=lambda one: one.name)  # the same mask, and key in the cache, however it is named
+        planes = _planes(in_order, [1.0] * len(on))
         moved = toward * (self._contrast_margins(some, planes) - self._contrast_margins(some, ()))
-        spread = max(float(base.std()), 1e-6)
-        before = float(base.mean()) / spread
-        return before, before + float(moved.mean()) / spread
+        return float(moved.mean()) / max(float(spread), LEAST_SPREAD)
+
+    def _contrasts_of(self, pole: Pole) -> tuple[CalibrationSet, int]:
+        """The calibration part of the pole's axis, and +1 where it is the positive pole of it, else -1."""
+        axis_set = next(item for item in self.spec.sets if item.axis == pole.axis)
+        return axis_set.split()[0], 1 if pole.name == axis_set.positive_pole else -1
 
     def _contrast_margins(self, contrasts: CalibrationSet, planes: Sequence[Plane]) -> NDArray[np.float64]:
         """The margin of each contrast with `planes` on, nats per token toward the positive pole."""

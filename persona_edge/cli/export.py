@@ -30,7 +30,7 @@ _METHODS = ("contrastive-fisher", "wanda", "contrastive-wanda", "contrastive-spa
 @click.option("--method", type=click.Choice(_METHODS), default="contrastive-fisher", show_default=True)
 @click.option("--granularity", type=click.Choice(["group", "weight"]), default=None, help="What one gate multiplies.")
 @click.option("--max-chat-kl", type=float, default=0.18, show_default=True, help="Most drift on chat, nats per token.")
-@click.option("--max-perplexity-ratio", type=float, default=1.015, show_default=True, help="Most perplexity, vs base.")
+@click.option("--max-perplexity-ratio", type=float, default=1.018, show_default=True, help="Most perplexity, vs base.")
 @click.option(
     "--composition-limit",
     type=float,
