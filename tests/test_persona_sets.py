@@ -92,7 +92,7 @@ class TestNeutral:
 
     def test_texts(self) -> None:
         texts = neutral_texts()
-        assert len(texts) == len(set(texts)) == 72
+        assert len(texts) == len(set(texts)) == 88
         assert all(120 <= len(text.split()) <= 165 for text in texts)
         assert not any(names_of_types(text, "EI") for text in texts)
 
