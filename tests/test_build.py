@@ -10,12 +10,17 @@ from typing import Protocol
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from persona_edge.build import BuildSettings, build_personas
 from persona_edge.calibration import CalibrationSettings, Calibrator
+from persona_edge.composition import Effects
 from persona_edge.contrasts import CalibrationSet
+from persona_edge.encoding import encode_contrast
 from persona_edge.errors import CalibrationError, InputError, SelectionError
+from persona_edge.evaluation import score_answers
 from persona_edge.exporters.to_gguf import export_gguf
+from persona_edge.masked_model import masked
 from persona_edge.maskpack import MaskPack
 from persona_edge.masks import Granularity, PersonaSet, Plane
 from persona_edge.modeling import TorchModel
@@ -195,6 +200,41 @@ def test_a_composition_keeps_within_its_limits_by_the_strengths_of_its_poles(cal
     assert_same_personas(replace(tight, strengths={}, report=whole.report), whole)  # the poles are the same
     gates = [plane.gate for pole in tight.resolve("ET") for plane in pole.planes]
     assert gates == [pytest.approx(1 - strength) for strength in tight.strengths["ET"]]
+
+
+def test_what_poles_do_to_one_another_is_measured_on_their_own_axes(
+    calibrator: Calibrators, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = (calibration_set(24), calibration_set(24, axis="TF", first=24))
+    seen: list[Effects] = []
+
+    def whole(measure: object, costs: NDArray[np.float64], effects: Effects) -> object:
+        seen.append(effects)
+        return np.ones(costs.shape[1])
+
+    monkeypatch.setattr("persona_edge.build.strengths_within", whole)
+    maker = calibrator()
+    settings = BuildSettings(max_perplexity_ratio=None, max_chat_kl=0.05, n_steps=1)
+    built = build_personas(maker, PersonaSpec("two", sets, {"EF": ("E", "F"), "E": ("E",), "F": ("F",)}), settings)
+    (effects,) = seen
+    sides = [(pole, axis, sign) for pole, axis, sign in zip(built.resolve("EF"), sets, (1, -1), strict=True)]
+    planes = [pole.planes for pole, _, _ in sides]
+    for i, (_, axis, sign) in enumerate(sides):
+        base, alone, both = (
+            sign * margins_under(maker.model, axis.split()[0], on) for on in ((), planes[i], planes[0] + planes[1])
+        )
+        assert effects.before[i] == pytest.approx(base.mean() / base.std(), abs=1e-4)
+        assert effects.alone[i] == pytest.approx((alone - base).mean() / base.std(), abs=1e-4)
+        assert effects.beside[i, 1 - i] == pytest.approx((both - alone).mean() / base.std(), abs=1e-4)
+        assert min(abs(effects.alone[i]), abs(effects.beside[i, 1 - i])) > 1e-3
+
+
+def margins_under(model: TorchModel, contrasts_: CalibrationSet, planes: Sequence[Plane]) -> NDArray[np.float64]:
+    """The margin of each contrast toward the positive pole."""
+    pairs = [encode_contrast(model.tokenizer, contrast, i) for i, contrast in enumerate(contrasts_.contrasts)]
+    with masked(model, planes):
+        positive, negative = score_answers(model, pairs).levels
+    return np.array(positive - negative, np.float64)
 
 
 def test_poles_that_are_composed_leave_each_others_axes_alone(calibrator: Calibrators) -> None:
