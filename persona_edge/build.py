@@ -291,7 +291,7 @@ class _Builder:
 
     def _effects(self, poles: Sequence[Pole]) -> Effects:
         """How far each of `poles` moves its axis, alone and with each of the others beside it."""
-        before = [self._margin_before(pole) for pole in poles]
+        before = [mean / spread for mean, spread in map(self._standing, poles)]
         alone = [self._moved(pole, (pole,)) for pole in poles]
         beside = [
             [0.0 if other is pole else self._moved(pole, (pole, other)) - alone[p] for other in poles]
@@ -299,21 +299,22 @@ class _Builder:
         ]
         return Effects(np.array(before), np.array(alone), np.array(beside))
 
-    def _margin_before(self, pole: Pole) -> float:
-        """The mean margin of calibration contrasts toward `pole`, without a mask, over its standard deviation."""
+    def _standing(self, pole: Pole) -> tuple[float, float]:
+        """Mean and spread of the margins toward `pole` without a mask, nats per token."""
         contrasts, toward = self._contrasts_of(pole)
-        margins_ = toward * self._contrast_margins(contrasts.limit(BASE_CONTRASTS, seed=COMPOSED_SEED), ())
-        return float(margins_.mean()) / max(float(margins_.std()), LEAST_SPREAD)
+        values = toward * self._contrast_margins(contrasts.limit(BASE_CONTRASTS, seed=COMPOSED_SEED), ())
+        return float(values.mean()), max(float(values.std()), LEAST_SPREAD)
 
     def _moved(self, pole: Pole, on: Sequence[Pole]) -> float:
-        """How far the poles `on`, whole, move that mean."""
+        """How far the poles `on`, whole, move that mean, in that spread."""
         contrasts, toward = self._contrasts_of(pole)
-        spread = self._contrast_margins(contrasts.limit(BASE_CONTRASTS, seed=COMPOSED_SEED), ()).std()
         some = contrasts.limit(COMPOSED_CONTRASTS, seed=COMPOSED_SEED)
-        in_order = sorted(on, key=lambda one: one.name)  # the same mask, and key in the cache, however it is named
+        in_order = sorted(
+            on, key=lambda one: one.name
+        )  # one key in the cache for a pair, whichever pole is asked about
         planes = _planes(in_order, [1.0] * len(on))
         moved = toward * (self._contrast_margins(some, planes) - self._contrast_margins(some, ()))
-        return float(moved.mean()) / max(float(spread), LEAST_SPREAD)
+        return float(moved.mean()) / self._standing(pole)[1]
 
     def _contrasts_of(self, pole: Pole) -> tuple[CalibrationSet, int]:
         """The calibration part of the pole's axis, and +1 where it is the positive pole of it, else -1."""

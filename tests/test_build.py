@@ -217,9 +217,8 @@ def test_what_poles_do_to_one_another_is_measured_on_their_own_axes(
     settings = BuildSettings(max_perplexity_ratio=None, max_chat_kl=0.05, n_steps=1)
     built = build_personas(maker, PersonaSpec("two", sets, {"EF": ("E", "F"), "E": ("E",), "F": ("F",)}), settings)
     (effects,) = seen
-    sides = [(pole, axis, sign) for pole, axis, sign in zip(built.resolve("EF"), sets, (1, -1), strict=True)]
-    planes = [pole.planes for pole, _, _ in sides]
-    for i, (_, axis, sign) in enumerate(sides):
+    planes = [pole.planes for pole in built.resolve("EF")]
+    for i, (axis, sign) in enumerate(zip(sets, (1, -1), strict=True)):
         base, alone, both = (
             sign * margins_under(maker.model, axis.split()[0], on) for on in ((), planes[i], planes[0] + planes[1])
         )
