@@ -38,6 +38,12 @@ class TestFinding:
         assert spec.name == "mbti-jp"
         assert dict(spec.personas) == {"J": ("J",), "P": ("P",)}
 
+    def test_everyday_is_every_manner_that_has_a_set_of_its_own(self) -> None:
+        spec = load_persona_set("everyday")
+        alone = {shipped.axes for shipped in shipped_sets() if len(shipped.axes) == 1}
+        assert {(item.axis,) for item in spec.sets} == alone - {(axis,) for axis in (*MBTI_AXES, "power", "wealth")}
+        assert len(spec.poles) == len(spec.personas) == 24
+
     def test_every_shipped_set_loads_and_says_what_it_is(self) -> None:
         for shipped in shipped_sets():
             assert shipped.description
