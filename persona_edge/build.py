@@ -309,9 +309,8 @@ class _Builder:
         """How far the poles `on`, whole, move that mean, in that spread."""
         contrasts, toward = self._contrasts_of(pole)
         some = contrasts.limit(COMPOSED_CONTRASTS, seed=COMPOSED_SEED)
-        in_order = sorted(
-            on, key=lambda one: one.name
-        )  # one key in the cache for a pair, whichever pole is asked about
+        # One key in the cache for a pair, whichever of the two is asked about.
+        in_order = sorted(on, key=lambda one: one.name)
         planes = _planes(in_order, [1.0] * len(on))
         moved = toward * (self._contrast_margins(some, planes) - self._contrast_margins(some, ()))
         return float(moved.mean()) / self._standing(pole)[1]

@@ -19,7 +19,7 @@ from typing import Final, Literal
 from persona_edge.contrasts import CalibrationSet, Contrast
 from persona_edge.pole_words import names_of_types, pole_words
 
-__all__ = ["Finding", "Measures", "Rules", "Severity", "check_set", "measure", "opening_accuracy", "words"]
+__all__ = ["Finding", "Measures", "Rules", "Severity", "check_set", "listed", "measure", "opening_accuracy", "words"]
 
 Severity = Literal["error", "warning"]
 
@@ -150,20 +150,20 @@ def _names(contrasts: CalibrationSet) -> Iterable[Finding]:
     texts = [f"{c.prompt}\n{c.positive}\n{c.negative}" for c in contrasts.contrasts]
     named = [sorted(set(pole_words(text, poles)) | set(names_of_types(text, poles))) for text in texts]
     if any(named):
-        message = f"a pole is called by its name: {_listed(_distinct(named))}; show what someone does instead"
+        message = f"a pole is called by its name: {listed(_distinct(named))}; show what someone does instead"
         yield Finding("names", "error", message, _numbers(named))
     related = [
         sorted(set(pole_words(text, poles, distant=True)) - set(near)) for text, near in zip(texts, named, strict=True)
     ]
     if any(related):
-        message = f"words related to a pole's name: {_listed(_distinct(related))}; see whether they name the pole"
+        message = f"words related to a pole's name: {listed(_distinct(related))}; see whether they name the pole"
         yield Finding("related names", "warning", message, _numbers(related))
 
 
 def _prompts(contrasts: CalibrationSet, rules: Rules) -> Iterable[Finding]:
     alike = _near_duplicates([frozenset(words(c.prompt)) for c in contrasts.contrasts], rules.max_prompt_similarity)
     if alike:
-        pairs = _listed([f"{first} and {second}" for first, second in alike])
+        pairs = listed([f"{first} and {second}" for first, second in alike])
         message = f"{_some(len(alike), 'prompt is', 'prompts are')} nearly the same as an earlier one: {pairs}"
         yield Finding("similar prompts", "error", message, tuple(second for _, second in alike))
     lengthy = [len(words(c.prompt)) > rules.max_prompt_words for c in contrasts.contrasts]
@@ -234,7 +234,7 @@ def _telling_words(contrasts: CalibrationSet, rules: Rules) -> Iterable[Finding]
     if telling:
         positive, negative = ({word for word, n in telling if n * sign > 0} for sign in (1, -1))
         poles = {word: contrasts.positive_pole if word in positive else contrasts.negative_pole for word, _ in telling}
-        each = _listed([f"{word!r} in {abs(n)} more answers of {poles[word]}" for word, n in telling])
+        each = listed([f"{word!r} in {abs(n)} more answers of {poles[word]}" for word, n in telling])
         message = f"{each}; {_share(rules.max_word_difference, contrasts)}"
         pairs = ((words(c.positive), words(c.negative)) for c in contrasts.contrasts)
         has_some = (not (positive.isdisjoint(p) and negative.isdisjoint(n)) for p, n in pairs)
@@ -298,9 +298,10 @@ def _distinct(lists: Iterable[Sequence[str]]) -> list[str]:
     return [text for text, _ in Counter(text for texts in lists for text in texts).most_common()]
 
 
-def _listed(texts: Sequence[str]) -> str:
-    more = f" and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
-    return ", ".join(texts[:_SHOWN]) + more
+def listed(texts: Sequence[str], most: int = _SHOWN) -> str:
+    """The first `most` of `texts`, and how many more there are."""
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + more
 
 
 def _some(n: int, one: str, many: str) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from persona_edge.contrasts import CalibrationSet, Contrast
 from persona_edge.persona_sets import PersonaSpec, load_persona_set, shipped_sets
-from persona_edge.set_checker import Finding, Measures, Rules, check_set, measure
+from persona_edge.set_checker import Finding, Measures, Rules, check_set, listed, measure
 from persona_edge.terminal_text import printable
 
 if TYPE_CHECKING:
@@ -51,17 +51,10 @@ def list_lines() -> Iterator[str]:
         sets = load_persona_set(shipped.name).sets
         poles = [f"{item.positive_pole}/{item.negative_pole}" for item in sets]
         n_contrasts = str(sum(map(len, sets)))
-        rows.append((shipped.name, _first(shipped.axes), _first(poles), n_contrasts, shipped.description))
+        rows.append((shipped.name, listed(shipped.axes, 4), listed(poles, 4), n_contrasts, shipped.description))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-
-
-def _first(names: Sequence[str], most: int = 4) -> str:
-    """The names, or the first two and how many more when there are above `most`."""
-    if len(names) <= most:
-        return ", ".join(names)
-    return f"{', '.join(names[:2])} and {len(names) - 2} more"
 
 
 def show_lines(spec: PersonaSpec, n_shown: int, seed: int, width: int) -> Iterator[str]:

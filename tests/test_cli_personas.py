@@ -56,7 +56,7 @@ def test_list_names_every_set_with_its_poles_and_size() -> None:
     (ei,) = (line for line in lines if line.startswith("mbti-ei "))
     assert re.search(r"\bEI +E/I +\d+ +where energy comes from", ei)
     (everyday,) = (line for line in lines if line.startswith("everyday "))
-    assert re.search(r" concise, formal and 10 more +concise/expansive, formal/casual and 10 more +\d+ ", everyday)
+    assert re.search(r" concise, formal, warm, optimistic and 8 more +concise/expansive, formal/casual, ", everyday)
 
 
 class TestShow:
