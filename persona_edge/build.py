@@ -27,12 +27,13 @@ from persona_edge.contrasts import CalibrationSet
 from persona_edge.encoding import EncodedText, encode_contrast
 from persona_edge.errors import CalibrationError, InputError
 from persona_edge.evaluation import BaseBehaviour, MarginResult, margins, mean_kl, measure_base, score_answers
-from persona_edge.growth import Grown, Growth, Limits, expected, fixed, planes_digest
+from persona_edge.growth import Grown, Growth, Limits, expected, fixed
 from persona_edge.masked_model import masked
-from persona_edge.masks import Granularity, PersonaSet, Plane, Pole
-from persona_edge.persona_sets import PersonaSpec
+from persona_edge.masks import Granularity, PersonaSet, Plane, Pole, planes_digest
+from persona_edge.persona_sets import PersonaSpec, neutral_prompts
 from persona_edge.pole_masks import Gates, Method, PlaneMaker, Side, fisher_planes, paper_planes, tensor_damages
-from persona_edge.separation import NO_OTHERS, Others
+from persona_edge.repetition import RepetitionProbe
+from persona_edge.separation import NO_OTHERS, Other, Others
 from persona_edge.tensor_filter import filter_tensors
 
 __all__ = ["BuildSettings", "build_personas"]
@@ -40,6 +41,8 @@ __all__ = ["BuildSettings", "build_personas"]
 BASE_CONTRASTS, COMPOSED_CONTRASTS, COMPOSED_SEED = 120, 40, 7
 """How many calibration contrasts of an axis say where the base model stands and how far masks move it; the differences
 of the few are as steady as the positions of the many."""
+ASKED_OF_ALL, ASKED_OF_AXIS = 64, 96
+"""How many neutral and how many of an axis's own prompts a masked model is asked, to see where it repeats itself."""
 LEAST_SPREAD = 1e-6  # nats per token, where all margins are the same
 
 
@@ -53,7 +56,8 @@ class BuildSettings:
     pole, and takes its poles at strengths that keep it there (composition.py); None takes all of them, as does a fixed
     amount. `n_steps` is how often benefits are measured, each time but the first on `step_contrasts` contrasts and with
     the mask so far (growth.py). `separate_axes` keeps a pole from moving the axes that it is composed with
-    (separation.py); a mask cut at a `density` does not.
+    (separation.py); a mask cut at a `density` does not. `avoid_repetition` keeps the steps after the first from making
+    replies repeat themselves (repetition.py).
     """
 
     method: Method = "contrastive-fisher"
@@ -71,6 +75,7 @@ class BuildSettings:
     n_steps: int = 3
     step_contrasts: int = 64
     separate_axes: bool = True
+    avoid_repetition: bool = True
     search_trials: int = 6
 
     def check(self) -> None:
@@ -167,7 +172,7 @@ class _Builder:
             for other in self.spec.sets
             if partners.intersection((other.positive_pole, other.negative_pole))
         ]
-        return Others([benefits[0] for benefits in halves], [benefits[-1] for benefits in halves])
+        return [Other(benefits[0], benefits[-1]) for benefits in halves]
 
     def _grow(self, calibration: CalibrationSet, side: Side, name: str, others: Others) -> Grown:
         """The planes at the amount asked for, or as many as the limits allow."""
@@ -175,9 +180,18 @@ class _Builder:
         amount = settings.budget if settings.density is None else settings.density
         if amount is None:
             benefits = self.calibrator.benefits_by_halves(calibration)
-            return self._growth.grow(calibration, benefits, side, name, others=others)
+            return self._growth.grow(
+                calibration, benefits, side, name, others=others, repetition=self._repetition(calibration)
+            )
         planes = self._maker(calibration, side, others)(amount)
         return fixed(planes, amount, self._drift(planes))
+
+    def _repetition(self, calibration: CalibrationSet) -> RepetitionProbe | None:
+        """What asks a model with a mask of this axis what ordinary people ask, and what the axis is about."""
+        if not self.settings.avoid_repetition:
+            return None
+        asked = [contrast.prompt for contrast in calibration.limit(ASKED_OF_AXIS).contrasts]
+        return RepetitionProbe(self.calibrator, [*neutral_prompts()[:ASKED_OF_ALL], *asked])
 
     def _maker(self, calibration: CalibrationSet, side: Side, others: Others) -> PlaneMaker:
         settings = self.settings

@@ -45,6 +45,8 @@ FORMULA_VERSION = 3
 SECONDS_BETWEEN_CHECKPOINTS = 20.0
 
 Progress = Callable[[str, int, int], None]
+Contrasts = CalibrationSet | Sequence[ContrastPair]
+"""Contrasts, or their answers as tokens after the tokens of what was said before."""
 _Text = TypeVar("_Text")
 
 
@@ -134,7 +136,7 @@ class Calibrator:
         return dict(self._base_key)
 
     def margins(
-        self, calibration_set: CalibrationSet, *, focus: Focus | None = None, mask: str = "", label: str = ""
+        self, calibration_set: Contrasts, *, focus: Focus | None = None, mask: str = "", label: str = ""
     ) -> Statistics:
         """Margin statistics of all contrasts of `calibration_set`; give it the calibration part of a split.
 
@@ -148,7 +150,8 @@ class Calibrator:
             return collect_margins(self.model, self.layers, groups[i], granularity=granularity, focus=focus, onto=onto)
 
         place = self._margin_place(calibration_set, groups, focus, mask)
-        return self._sum(label or f"contrasts {calibration_set.axis}", place, [len(g) for g in groups], one)
+        by_default = f"contrasts {calibration_set.axis}" if isinstance(calibration_set, CalibrationSet) else "contrasts"
+        return self._sum(label or by_default, place, [len(g) for g in groups], one)
 
     def margins_by_halves(self, calibration_set: CalibrationSet) -> Statistics:
         """The same as `margins`, computed and kept by halves, as `benefits_by_halves` does."""
@@ -156,7 +159,7 @@ class Calibrator:
         return merge(first, *second) if second else first
 
     def gate_benefits(
-        self, calibration_set: CalibrationSet, *, focus: Focus | None = None, mask: str = "", label: str = ""
+        self, calibration_set: Contrasts, *, focus: Focus | None = None, mask: str = "", label: str = ""
     ) -> PerTensor:
         """What closing each gate does toward the positive pole, mean over contrasts; measured if need be.
 
@@ -243,16 +246,20 @@ class Calibrator:
             write_json(path, key, value)
         return value
 
-    def _contrast_batches(self, calibration_set: CalibrationSet) -> list[list[ContrastPair]]:
-        pairs = [encode_contrast(self.model.tokenizer, c, i) for i, c in enumerate(calibration_set.contrasts)]
+    def _contrast_batches(self, contrasts: Contrasts) -> list[list[ContrastPair]]:
+        pairs: Sequence[ContrastPair]
+        if isinstance(contrasts, CalibrationSet):
+            pairs = [encode_contrast(self.model.tokenizer, c, i) for i, c in enumerate(contrasts.contrasts)]
+        else:
+            pairs = contrasts
         return contrast_batches(pairs, max_tokens=self.settings.max_batch_tokens)
 
     def _margin_place(
-        self, calibration_set: CalibrationSet, groups: Sequence[Sized], focus: Focus | None = None, mask: str = ""
+        self, contrasts: Contrasts, groups: Sequence[Sized], focus: Focus | None = None, mask: str = ""
     ) -> _Place:
         what: dict[str, object] = {
             "what": "margins",
-            "set": calibration_set.content_hash(),
+            "set": _content(contrasts),
             "granularity": self.settings.granularity,
         }
         if focus is not None or mask:
@@ -307,6 +314,13 @@ class Calibrator:
 
     def _key(self, what: Mapping[str, object]) -> dict[str, object]:
         return {**self._base_key, **what}
+
+
+def _content(contrasts: Contrasts) -> str:
+    """What distinguishes these contrasts from others."""
+    if isinstance(contrasts, CalibrationSet):
+        return contrasts.content_hash()
+    return _hash([[[*text.tokens], text.n_scored] for pair in contrasts for text in pair])
 
 
 def _halves(calibration_set: CalibrationSet) -> list[tuple[CalibrationSet, str]]:

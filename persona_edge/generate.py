@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 from persona_edge.denormals import denormals_flushed
 from persona_edge.encoding import prompt_tokens
 from persona_edge.modeling import TorchModel
 
-__all__ = ["answer", "complete_together"]
+__all__ = ["answer", "complete_together", "continue_together"]
 
 PROMPTS_AT_ONCE = 16
 
@@ -34,11 +35,28 @@ def answer(
     return answers
 
 
-@denormals_flushed()
 def complete_together(
     model: TorchModel, encoded: Sequence[Sequence[int]], *, max_tokens: int, temperature: float = 0.0, seed: int = 0
 ) -> list[str]:
     """What follows each of the token sequences, evaluated as one batch; `temperature` 0 decodes greedily."""
+    found = continue_together(model, encoded, max_tokens=max_tokens, temperature=temperature, seed=seed)
+    return [str(model.tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in found]
+
+
+@denormals_flushed()
+def continue_together(
+    model: TorchModel,
+    encoded: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    temperature: float = 0.0,
+    repetition_penalty: float | None = None,
+    seed: int = 0,
+) -> list[list[int]]:
+    """The tokens that follow each of the token sequences, up to the one that ends them, if it comes.
+
+    Without a `repetition_penalty`, greedy decoding has none and sampling has the model's own.
+    """
     import torch
 
     longest = max(len(tokens) for tokens in encoded)
@@ -46,13 +64,24 @@ def complete_together(
     tokens = torch.tensor([[0] * (longest - len(t)) + [*t] for t in encoded], device=model.device)
     mask = torch.tensor([[0] * (longest - len(t)) + [1] * len(t) for t in encoded], device=model.device)
     greedy = {"do_sample": False, "repetition_penalty": 1.0}
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": 0.95} if temperature else greedy
+    options = {"do_sample": True, "temperature": temperature, "top_p": 0.95} if temperature else greedy
+    if repetition_penalty is not None:
+        options = {**options, "repetition_penalty": repetition_penalty}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         output = model.model.generate(
-            input_ids=tokens, attention_mask=mask, max_new_tokens=max_tokens, pad_token_id=_pad_token(model), **sampling
+            input_ids=tokens, attention_mask=mask, max_new_tokens=max_tokens, pad_token_id=_pad_token(model), **options
         )
-    return [str(model.tokenizer.decode(row[longest:], skip_special_tokens=True)) for row in output]
+    ends = _end_tokens(model)
+    rows = (row[longest:].tolist() for row in output)
+    return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in rows]
+
+
+def _end_tokens(model: TorchModel) -> frozenset[int]:
+    """What ends an answer, by the model or by its tokenizer; after it comes only what fills up a batch."""
+    ends = model.model.generation_config.eos_token_id
+    several = ends if isinstance(ends, list) else [ends]
+    return frozenset(token for token in (*several, model.tokenizer.eos_token_id) if token is not None)
 
 
 def _pad_token(model: TorchModel) -> int:

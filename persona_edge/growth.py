@@ -10,13 +10,13 @@ the drift is what they do together. The gradient of the drift of the mask so far
 it adds. A step's benefits pay for it (`DRIFT_PRICE`), so that a mask grows where it has its effect without more of the
 same drift. A step's budget is found by measured drift (budget_search.py): it spends up to its share of both limits.
 
-One step wins as many contrasts with half the groups; but what it makes of free replies repeats itself (docs/method.md).
+One step wins as many contrasts with half the groups; but what it makes of free replies repeats itself. Later steps are
+kept from that: where the model as masked so far goes round in its replies is one more axis to leave alone
+(repetition.py).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,13 +31,15 @@ from persona_edge.collect import Focus
 from persona_edge.contrasts import CalibrationSet
 from persona_edge.errors import SelectionError
 from persona_edge.masked_model import masked
-from persona_edge.masks import Granularity, Plane
+from persona_edge.masks import Granularity, Plane, merge_planes, planes_digest
+from persona_edge.packed_pairs import ContrastPair
 from persona_edge.per_tensor import PerTensor
 from persona_edge.pole_masks import Damages, Gates, Side, fisher_planes
+from persona_edge.repetition import RepetitionProbe
 from persona_edge.selection import RankedPlanes, sum_over
 from persona_edge.separation import NO_OTHERS, Others
 
-__all__ = ["Grown", "Growth", "Limits", "expected", "fixed", "merge_planes", "planes_digest"]
+__all__ = ["Grown", "Growth", "Limits", "expected", "fixed"]
 
 DEFAULT_CHAT_WEIGHT = 0.15
 """What a nat of chat damage counts beside a nat of web damage when only one of the two is limited."""
@@ -137,18 +139,25 @@ class Growth:
         label: str,
         *,
         others: Others = NO_OTHERS,
+        repetition: RepetitionProbe | None = None,
     ) -> Grown:
         """The mask of one pole, which leaves the axes `others` where they are (separation.py).
 
+        Each step after the first asks `repetition` where the model as masked so far repeats itself, and does not add to
+        it.
         `benefits` are those of the unmasked model toward the positive pole (`Calibrator.gate_benefits`), which both
         poles share. Raises SelectionError when no step finds anything within its limits.
         """
         grown = Grown((), Drift(1.0, 0.0, 0.0))
         aim = _Aim(side, label, others)
+        loops: list[ContrastPair] = []
         for step in range(self.n_steps):
             last = step + 1 == self.n_steps
             if grown.planes:
                 benefits = _carried(benefits, self._measure_again(contrasts, grown, aim, step))
+                if repetition is not None:
+                    loops += repetition.pairs(grown.planes, f"{label}, step {step + 1}")
+                    aim = replace(aim, others=(*others, *repetition.others(loops, grown.planes, aim.label)))
             try:
                 grown = self._step(grown, benefits, aim, step)
             except SelectionError:  # nothing (more) fits into this step's share of the limits
@@ -264,23 +273,3 @@ def _carried(before: Benefits, now: Benefits) -> Benefits:
 
 def _size(benefits: Benefits) -> float:
     return math.sqrt(sum(float(np.square(values, dtype=np.float64).sum()) for values in benefits.values()))
-
-
-def merge_planes(first: Sequence[Plane], second: Sequence[Plane]) -> tuple[Plane, ...]:
-    """The planes of both, one plane per gate and granularity; the two have no unit in common."""
-    merged: dict[tuple[float, Granularity], dict[str, NDArray[np.uint32]]] = {}
-    for plane in (*first, *second):
-        tensors = merged.setdefault((plane.gate, plane.granularity), {})
-        for name, positions in plane.positions.items():
-            tensors[name] = np.union1d(tensors[name], positions) if name in tensors else positions
-    return tuple(Plane(gate, tensors, granularity) for (gate, granularity), tensors in merged.items())
-
-
-def planes_digest(planes: Sequence[Plane]) -> str:
-    """SHA-256 of exactly what a mask is, so that no measurement is ever taken for another mask's."""
-    digest = hashlib.sha256()
-    for plane in planes:
-        for name, positions in plane.positions.items():
-            digest.update(json.dumps([name, plane.gate, plane.granularity, len(positions)]).encode())
-            digest.update(positions.astype("<u4").tobytes())
-    return digest.hexdigest()

@@ -7,6 +7,8 @@ Words (docs/method.md): a *unit* is what one gate multiplies: a group of 32 cons
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -27,6 +29,8 @@ __all__ = [
     "TensorShape",
     "composed",
     "match_name",
+    "merge_planes",
+    "planes_digest",
 ]
 
 GROUP_SIZE = 32
@@ -180,3 +184,23 @@ def match_name(wanted: str, names: Iterable[str]) -> str | None:
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(names) or "none"
+
+
+def merge_planes(first: Sequence[Plane], second: Sequence[Plane]) -> tuple[Plane, ...]:
+    """The planes of both, one plane per gate and granularity; the two have no unit in common."""
+    merged: dict[tuple[float, Granularity], dict[str, NDArray[np.uint32]]] = {}
+    for plane in (*first, *second):
+        tensors = merged.setdefault((plane.gate, plane.granularity), {})
+        for name, positions in plane.positions.items():
+            tensors[name] = np.union1d(tensors[name], positions) if name in tensors else positions
+    return tuple(Plane(gate, tensors, granularity) for (gate, granularity), tensors in merged.items())
+
+
+def planes_digest(planes: Sequence[Plane]) -> str:
+    """SHA-256 of exactly what a mask is, so that no measurement is ever taken for another mask's."""
+    digest = hashlib.sha256()
+    for plane in planes:
+        for name, positions in plane.positions.items():
+            digest.update(json.dumps([name, plane.gate, plane.granularity, len(positions)]).encode())
+            digest.update(positions.astype("<u4").tobytes())
+    return digest.hexdigest()

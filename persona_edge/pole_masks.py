@@ -126,7 +126,7 @@ def fisher_planes(
         others,
         damage,
         budget,
-        moved=others.moved(gated),
+        gated=gated,
         gates=gates,
         epsilon=epsilon,
     )

@@ -8,7 +8,8 @@ margins have gradients too. So a unit pays for what it moves on them,
 
 with one price p_a per other axis, such that the units chosen do not move it: p are the Lagrange multipliers of the
 selection under sum_g x_ag = 0. The sum is taken with gradients of other contrasts than those that rank: a choice among
-thousands of noisy x_ag makes their own sum smaller than it is. NumPy only; docs/method.md has what this costs and buys.
+thousands of noisy x_ag makes their own sum smaller than it is. Whether replies go round is such an axis too
+(repetition.py). NumPy only; docs/method.md has what this costs and buys.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from persona_edge.masks import Gates, Plane
 from persona_edge.per_tensor import PerTensor
 from persona_edge.selection import gate_distance, rank_planes, sum_over
 
-__all__ = ["NO_OTHERS", "Others", "priced", "prices"]
+__all__ = ["NO_OTHERS", "Other", "Others", "priced", "prices"]
 
 MOST = 0.6
 """The highest price, with both axes' benefits on one scale: two axes that are one keep something of each other."""
+MOST_ONE_WAY = 1.5
+"""The same of what may be moved one way. At 0.6 the mask of S kept the model repeating itself (docs/method.md)."""
 ENOUGH = 0.005
 """The share of the pole's own effect that the other axes may still be moved by."""
 SWEEPS, HALVINGS = 5, 10
@@ -39,28 +42,29 @@ Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Others:
-    """The other axes: `benefits[a]` maps tensors to what closing each gate does toward a's positive pole.
+class Other:
+    """Something that a pole is to leave alone.
 
-    Arrays are (n_rows, n_units), in nats of margin. `checks` is the same from other contrasts of the axis, and what the
-    balance is made on; None for the same ones.
+    `benefit` maps tensors to what closing each gate does toward the positive side of it, (n_rows, n_units), nats of
+    margin; `check` is the same from other contrasts, and what the balance is made on. `moved` is how far the mask so
+    far has moved it, where that was measured; None adds up what its units are said to. With `one_way` it may be moved
+    toward its positive side at will.
     """
 
-    benefits: Sequence[Mapping[str, Floats]] = ()
-    checks: Sequence[Mapping[str, Floats]] | None = None
+    benefit: Mapping[str, Floats]
+    check: Mapping[str, Floats]
+    moved: float | None = None
+    one_way: bool = False
 
-    @property
-    def balanced(self) -> Sequence[Mapping[str, Floats]]:
-        """The benefits whose sum over the chosen units is to be nothing."""
-        return self.benefits if self.checks is None else self.checks
-
-    def moved(self, planes: Sequence[Plane]) -> NDArray[np.float64]:
-        """What `planes` move each axis by, to first order: (n_axes,) nats."""
-        moved = [sum((1 - p.gate) * sum_over(x, p.positions) for p in planes) for x in self.balanced]
-        return np.array(moved, np.float64)
+    def moved_by(self, planes: Sequence[Plane]) -> float:
+        """What `planes` move it by, to first order, nats; what was measured, if it was."""
+        if self.moved is not None:
+            return self.moved
+        return float(sum((1 - p.gate) * sum_over(self.check, p.positions) for p in planes))
 
 
-NO_OTHERS = Others()
+Others = Sequence[Other]
+NO_OTHERS: Others = ()
 
 
 def priced(own: Mapping[str, Floats], others: Others, price: NDArray[np.float64]) -> Mapping[str, Floats]:
@@ -71,8 +75,8 @@ def priced(own: Mapping[str, Floats], others: Others, price: NDArray[np.float64]
     def benefit(name: str) -> Floats:
         mine = own[name]
         found = mine.copy()
-        for p, other in zip(price, others.benefits, strict=True):
-            found -= np.float32(p) * other[name]
+        for p, other in zip(price, others, strict=True):
+            found -= np.float32(p) * other.benefit[name]
         return np.where(mine != 0, found, np.float32(0))
 
     return PerTensor(own, benefit)
@@ -84,35 +88,40 @@ def prices(
     damage: Mapping[str, Floats],
     budget: float,
     *,
-    moved: NDArray[np.float64],
+    gated: Sequence[Plane] = (),
     gates: Gates,
     epsilon: float,
 ) -> NDArray[np.float64]:
-    """The price of each other axis at which the units chosen within `budget` undo what `moved` says was moved before.
+    """The price of each other axis at which the units chosen within `budget` undo what those of `gated` moved it by.
 
     Found by bisection, axis by axis and again, on the units that could come into question: what the chosen units move
     an axis by falls as its price rises. Units whose own benefit is 0 (gated already) stay out. (n_axes,) in nats of own
     benefit per nat; 0 where not even one unit fits into the budget.
     """
-    price = np.zeros(len(others.benefits))
+    price = np.zeros(len(others))
     if not len(price):
         return price
     scale = _scales(own, others)
+    moved = np.array([other.moved_by(gated) for other in others])
+    one_way = np.array([other.one_way for other in others])
     try:
         chosen = _Candidates(own, others, damage, scale=scale, budget=budget, gates=gates, epsilon=epsilon)
     except SelectionError:  # nothing fits into this budget; whoever asked may look for a larger one
         return price
     for _ in range(SWEEPS):
         for axis in range(len(price)):
-            price[axis] = _bisected(chosen, price, axis, scale[axis], moved[axis])
+            price[axis] = _bisected(chosen, price, axis, scale[axis], moved[axis], one_way=others[axis].one_way)
         gain, moves = chosen.take(price)
-        if float(np.abs((moved + moves) * scale).max()) < ENOUGH * gain:
+        left = np.where(one_way & (moved + moves > 0), 0, (moved + moves) * scale)
+        if float(np.abs(left).max()) < ENOUGH * gain:
             break
     return price
 
 
-def _bisected(chosen: _Candidates, price: NDArray[np.float64], axis: int, scale: float, moved: float) -> float:
-    """The price of `axis`, beside the others', at which it is moved back; 0 where none moves it less than that."""
+def _bisected(
+    chosen: _Candidates, price: NDArray[np.float64], axis: int, scale: float, moved: float, *, one_way: bool
+) -> float:
+    """The price of `axis`, beside the others', at which it is moved back; 0 where that is no help, or not needed."""
 
     def left(own_price: float) -> tuple[float, float]:
         tried = price.copy()
@@ -120,21 +129,24 @@ def _bisected(chosen: _Candidates, price: NDArray[np.float64], axis: int, scale:
         gain, moves = chosen.take(tried)
         return moved + float(moves[axis]), gain
 
-    low, high = -MOST * scale, MOST * scale
+    free, gain = left(0.0)
+    if one_way and free > 0:
+        return 0.0
+    most = (MOST_ONE_WAY if one_way else MOST) * scale
+    low, high = -most, most
     for _ in range(HALVINGS):
         found = (low + high) / 2
         low, high = (found, high) if left(found)[0] > 0 else (low, found)
-    free, gain = left(0.0)
     # With nothing in common between the contrasts that rank and those that check, prices do harm.
     return found if abs(left(found)[0]) <= abs(free) + ENOUGH * gain / scale else 0.0
 
 
 def _scales(own: Mapping[str, Floats], others: Others) -> NDArray[np.float64]:
     """The size of the own benefits over that of each other axis's: those of a later step are weighted, and smaller."""
-    mine, theirs = 0.0, np.zeros(len(others.benefits))
+    mine, theirs = 0.0, np.zeros(len(others))
     for name, values in own.items():
         mine += float(np.square(values, dtype=np.float64).sum())
-        theirs += [float(np.square(x[name], dtype=np.float64).sum()) for x in others.benefits]
+        theirs += [float(np.square(x.benefit[name], dtype=np.float64).sum()) for x in others]
     return np.asarray(np.sqrt(mine / np.maximum(theirs, 1e-30)))
 
 
@@ -157,8 +169,8 @@ class _Candidates:
         def bound(name: str) -> Floats:
             found = own[name]
             most = found.copy() if gates.amplify is None else np.abs(found)
-            for share, x in zip(scale, others.benefits, strict=True):
-                most += np.float32(MOST * share) * np.abs(x[name])
+            for share, x in zip(scale, others, strict=True):
+                most += np.float32((MOST_ONE_WAY if x.one_way else MOST) * share) * np.abs(x.benefit[name])
             return np.where(found != 0, most, np.float32(0))
 
         ranked = rank_planes(PerTensor(own, bound), damage, suppress_gate=gates.suppress, epsilon=epsilon)
@@ -167,8 +179,8 @@ class _Candidates:
         at = {name: positions[::every] for name, positions in at.items()}
         self.budget = budget / every
         self.own, self.damage = _gather(own, at), _gather(damage, at)
-        self.others = np.stack([_gather(x, at) for x in others.benefits])
-        self.balanced = np.stack([_gather(x, at) for x in others.balanced])
+        self.others = np.stack([_gather(x.benefit, at) for x in others])
+        self.balanced = np.stack([_gather(x.check, at) for x in others])
 
     def take(self, price: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         """What the units within the budget do at these prices: to the pole's own margin, and to the other axes'."""

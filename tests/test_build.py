@@ -24,10 +24,12 @@ from persona_edge.masked_model import masked
 from persona_edge.maskpack import MaskPack
 from persona_edge.masks import Granularity, PersonaSet, Plane
 from persona_edge.modeling import TorchModel
+from persona_edge.packed_pairs import ContrastPair
 from persona_edge.persona_sets import PersonaSpec, load_persona_set
 from persona_edge.pole_masks import METHODS, Method
+from persona_edge.repetition import RepetitionProbe
 from persona_edge.selection import n_overlapping
-from persona_edge.separation import Others
+from persona_edge.separation import Other
 from tests.tiny_models import (
     calibration_set,
     contrasts,
@@ -246,11 +248,11 @@ def test_poles_that_are_composed_leave_each_others_axes_alone(calibrator: Calibr
     poles = {name: (name,) for name in ("E", "I", "X", "Y")}
     alone, composed = (PersonaSpec("two", (one, two), {**poles, **more}) for more in ({}, {"EX": ("E", "X")}))
     maker = calibrator()
-    other = Others([maker.gate_benefits(two.split()[0])])
+    x = maker.gate_benefits(two.split()[0])
 
     def moved(spec: PersonaSpec, settings: BuildSettings) -> float:
         built = build_personas(maker, spec, settings)
-        return float(other.moved(next(pole.planes for pole in built.poles if pole.name == "E"))[0])
+        return Other(x, x).moved_by(next(pole.planes for pole in built.poles if pole.name == "E"))
 
     budgets = [BuildSettings(budget=budget) for budget in (0.1, 0.15, 0.2, 0.3, 0.4)]
     before = [moved(alone, settings) for settings in budgets]
@@ -260,16 +262,53 @@ def test_poles_that_are_composed_leave_each_others_axes_alone(calibrator: Calibr
     assert np.abs(after).sum() < 0.6 * np.abs(before).sum()
 
 
+def test_masked_models_are_asked_what_no_held_out_contrast_asks(
+    calibrator: Calibrators, spec: PersonaSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[set[str], int]] = []
+
+    class Probe(RepetitionProbe):
+        def __init__(self, calibrator: Calibrator, prompts: Sequence[str]) -> None:
+            super().__init__(calibrator, prompts)
+            self.texts = set(prompts)
+
+        def pairs(self, planes: Sequence[Plane], label: str = "") -> list[ContrastPair]:
+            asked.append((self.texts, sum(plane.n_positions for plane in planes)))
+            return super().pairs(planes, label)
+
+    monkeypatch.setattr("persona_edge.build.RepetitionProbe", Probe)
+    settings = BuildSettings(max_perplexity_ratio=1.2, max_chat_kl=None, n_steps=3, search_trials=3)
+    build_personas(calibrator(), spec, replace(settings, avoid_repetition=False))
+    assert not asked
+    build_personas(calibrator(), spec, settings)
+    calibration, held_out = ({c.prompt for c in part.contrasts} for part in spec.sets[0].split())
+    assert all(size > 0 for _, size in asked)
+    assert [size for _, size in asked[:2]] == sorted(size for _, size in asked[:2])
+    assert len(asked) == 4  # both poles' second and third step
+    for texts, _ in asked:
+        assert calibration <= texts
+        assert not held_out & texts
+        assert len(texts) > len(calibration)
+
+
 def test_the_model_is_left_as_it_was(calibrator: Calibrators, model: TorchModel, spec: PersonaSpec) -> None:
     before = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
     build_personas(calibrator(), spec, BuildSettings(budget=0.03, amplify_gate=1.5))
     assert all(bool((tensor == before[name]).all()) for name, tensor in model.model.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [BuildSettings(budget=0.04), BuildSettings(max_perplexity_ratio=1.2, max_chat_kl=None, n_steps=2, search_trials=3)],
+    ids=["a budget", "limits"],
+)
 def test_a_second_build_measures_nothing(
-    calibrator: Calibrators, model: TorchModel, spec: PersonaSpec, monkeypatch: pytest.MonkeyPatch
+    settings: BuildSettings,
+    calibrator: Calibrators,
+    model: TorchModel,
+    spec: PersonaSpec,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    settings = BuildSettings(budget=0.04)
     first = build_personas(calibrator(), spec, settings)
 
     def refuse(*_args: object, **_options: object) -> None:

@@ -10,18 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from persona_edge.budget_search import Drift
 from persona_edge.calibration import CalibrationSettings, Calibrator
 from persona_edge.collect import Focus, collect_margins
-from persona_edge.encoding import encode_contrast
+from persona_edge.encoding import EncodedText, encode_contrast
 from persona_edge.errors import SelectionError
-from persona_edge.growth import Growth, Limits, expected, merge_planes, planes_digest
-from persona_edge.masks import Plane
+from persona_edge.growth import Growth, Limits, expected
+from persona_edge.masks import Plane, merge_planes, planes_digest
 from persona_edge.modeling import TorchModel
+from persona_edge.packed_pairs import ContrastPair
 from persona_edge.per_tensor import PerTensor
 from persona_edge.pole_masks import Gates, Side, fisher_planes, tensor_damages
 from persona_edge.selection import RankedPlanes, sum_over
+from persona_edge.separation import Other
 from tests.tiny_models import calibration_set, contrasts, load, one_thread, save_folder  # noqa: F401 - a fixture
 
 FAST = CalibrationSettings(neutral_tokens=24, answer_tokens=6, max_batch_tokens=2048)
@@ -247,3 +250,56 @@ def test_a_focused_gradient_is_that_of_weighted_margins(model: TorchModel, one_t
     for name, values in expected.items():
         np.testing.assert_allclose(found.sums["gate_gradient"][name], values, rtol=1e-3, atol=1e-6)
     assert set(found.sums) == {"gate_gradient"}
+
+
+def _noisy(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    noise = np.random.default_rng(values.size).standard_normal(values.shape)
+    return values + np.float32(values.std()) * noise.astype(np.float32)
+
+
+class _Probe:
+    """Stands for a RepetitionProbe: mostly, what serves the pole makes replies repeat themselves."""
+
+    def __init__(self, benefits: Mapping[str, np.ndarray]) -> None:
+        self.asked: list[int] = []
+        self.learned_from: list[tuple[int, int]] = []
+        self.benefits = benefits
+
+    def pairs(self, planes: Sequence[Plane], label: str = "") -> list[ContrastPair]:
+        self.asked.append(_size(planes))
+        text = EncodedText((1, len(self.asked)), 1)
+        return [(text, text)] * len(self.asked)
+
+    def others(self, pairs: Sequence[ContrastPair], planes: Sequence[Plane], label: str = "") -> Sequence[Other]:
+        self.learned_from.append((len(pairs), _size(planes)))
+        x = {name: _noisy(-values) for name, values in self.benefits.items()}
+        return [Other(x, x, 0.0, one_way=True)]
+
+
+def _size(planes: Sequence[Plane]) -> int:
+    return sum(plane.n_positions for plane in planes)
+
+
+def test_later_steps_are_kept_from_repetition_beside_the_other_axes(
+    calibrator: Calibrator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = calibration_set(24)
+    benefits = calibrator.gate_benefits(items)
+    mixed = {name: _noisy(_noisy(values)) for name, values in benefits.items()}
+    axis = Other(mixed, mixed)
+    given: list[Sequence[Other]] = []
+    rank = fisher_planes
+
+    def watch(*arguments: Any, **options: Any) -> RankedPlanes:
+        given.append(options["others"])
+        return rank(*arguments, **options)
+
+    monkeypatch.setattr("persona_edge.growth.fisher_planes", watch)
+    probe = _Probe(benefits)
+    grown = growth(calibrator)[0].grow(items, benefits, "positive", "E", others=[axis], repetition=probe)  # type: ignore[arg-type]
+    assert [len(others) for others in given] == [1, 2, 2, 2, 2]  # a later step ranks twice
+    assert all(others[0] is axis for others in given)
+    assert 0 < probe.asked[0] < probe.asked[1] < _size(grown.planes)
+    assert probe.learned_from == [(1, probe.asked[0]), (3, probe.asked[1])]  # earlier steps' loops count too
+    without = growth(calibrator)[0].grow(items, benefits, "positive", "E", others=[axis])
+    assert planes_digest(without.planes) != planes_digest(grown.planes)

@@ -19,10 +19,9 @@ from persona_edge.effect.interfaces import Arm, Engine, user_message
 from persona_edge.effect.runtime_engine import RuntimeEngine
 from persona_edge.effect.torch_engine import TorchEngine
 from persona_edge.errors import InputError
-from persona_edge.growth import planes_digest
 from persona_edge.masked_model import masked
 from persona_edge.maskpack import MaskPack, PackSummary, encode_pack
-from persona_edge.masks import ModelIdentity, PersonaSet, Plane, Pole
+from persona_edge.masks import ModelIdentity, PersonaSet, Plane, Pole, planes_digest
 from persona_edge.persona_sets import PersonaSpec
 from persona_edge.pole_masks import Method, PlaneMaker, Side, paper_planes
 from persona_edge.tensor_filter import filter_tensors
