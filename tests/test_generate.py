@@ -9,7 +9,7 @@ import torch
 
 from persona_edge import generate
 from persona_edge.encoding import prompt_tokens
-from persona_edge.generate import answer
+from persona_edge.generate import answer, continue_together
 from persona_edge.modeling import TorchModel
 from tests.tiny_models import (
     load,
@@ -50,6 +50,26 @@ def test_sampled_answers_follow_the_seed_and_leave_the_global_generator_alone(mo
     torch.rand(3)
     assert answer(model, PROMPTS, max_tokens=8, seed=4) == first
     assert answer(model, PROMPTS, max_tokens=8, seed=5) != first
+
+
+def test_continuations_end_before_the_token_that_ends_them(model: TorchModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded = [prompt_tokens(model.tokenizer, prompt, None) for prompt in PROMPTS]
+    whole = continue_together(model, encoded, max_tokens=12)
+    assert [model.tokenizer.decode(tokens) for tokens in whole] == [greedy(model, prompt, 12) for prompt in PROMPTS]
+    end = whole[1][5]
+    monkeypatch.setattr(model.model.generation_config, "eos_token_id", [end, model.tokenizer.eos_token_id])
+    cut = continue_together(model, encoded, max_tokens=12)
+    assert cut == [tokens[: tokens.index(end)] if end in tokens else tokens for tokens in whole]
+    assert len(cut[1]) <= 5
+
+
+def test_a_penalty_keeps_tokens_from_coming_again(model: TorchModel) -> None:
+    encoded = [prompt_tokens(model.tokenizer, prompt, None) for prompt in PROMPTS]
+    free, held = (
+        continue_together(model, encoded, max_tokens=40, repetition_penalty=penalty) for penalty in (None, 50.0)
+    )
+    assert sum(len(tokens) - len(set(tokens)) for tokens in free) > 10
+    assert sum(len(tokens) - len(set(tokens)) for tokens in held) == 0
 
 
 def test_progress_counts_prompts(model: TorchModel, monkeypatch: pytest.MonkeyPatch) -> None:
