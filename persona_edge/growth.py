@@ -52,6 +52,8 @@ CARRIED = 0.7
 """What the benefits of the steps before count beside a step's own, both scaled to one size (docs/method.md)."""
 DRIFT_PRICE = 0.05
 """What a nat of drift costs, as a share of the margin that a nat of estimated damage buys (docs/method.md)."""
+LAST_STEPS_AGAIN = 2
+"""How often the last step is taken again when replies go round more than the unmasked model's."""
 MeasureDrift = Callable[[Sequence[Plane]], Drift]
 Benefits = Mapping[str, NDArray[np.float32]]
 
@@ -101,11 +103,25 @@ class Grown:
 
 @dataclass(frozen=True)
 class _Aim:
-    """Where a mask is to move the model, and where not."""
+    """Where a mask is to move the model, and where not: the other axes, and the loops that are known so far."""
 
     side: Side
     label: str
     others: Others
+    repetition: RepetitionProbe | None = None
+    loops: tuple[ContrastPair, ...] = ()
+
+    def knowing_loops_of(self, grown: Grown, when: str) -> _Aim:
+        """The same, with the loops in what the model with the mask `grown` replies."""
+        if self.repetition is None:
+            return self
+        return replace(self, loops=(*self.loops, *self.repetition.pairs(grown.planes, f"{self.label}, {when}")))
+
+    def all_others(self, grown: Grown) -> Others:
+        """All that a further step is to leave alone."""
+        if self.repetition is None:
+            return self.others
+        return (*self.others, *self.repetition.others(self.loops, grown.planes, self.label))
 
 
 class Growth:
@@ -144,26 +160,47 @@ class Growth:
         """The mask of one pole, which leaves the axes `others` where they are (separation.py).
 
         Each step after the first asks `repetition` where the model as masked so far repeats itself, and does not add to
-        it.
+        it; the last is taken again if the finished mask does so more than no mask.
         `benefits` are those of the unmasked model toward the positive pole (`Calibrator.gate_benefits`), which both
         poles share. Raises SelectionError when no step finds anything within its limits.
         """
-        grown = Grown((), Drift(1.0, 0.0, 0.0))
-        aim = _Aim(side, label, others)
-        loops: list[ContrastPair] = []
+        grown = before = Grown((), Drift(1.0, 0.0, 0.0))
+        aim = _Aim(side, label, others, repetition)
         for step in range(self.n_steps):
             last = step + 1 == self.n_steps
+            before = grown
             if grown.planes:
                 benefits = _carried(benefits, self._measure_again(contrasts, grown, aim, step))
-                if repetition is not None:
-                    loops += repetition.pairs(grown.planes, f"{label}, step {step + 1}")
-                    aim = replace(aim, others=(*others, *repetition.others(loops, grown.planes, aim.label)))
+                aim = aim.knowing_loops_of(grown, f"step {step + 1}")
             try:
                 grown = self._step(grown, benefits, aim, step)
             except SelectionError:  # nothing (more) fits into this step's share of the limits
                 if last and not grown.planes:
                     raise
-        return grown
+        return grown if grown is before else self._without_loops(grown, before, benefits, aim)
+
+    def _without_loops(self, grown: Grown, before: Grown, benefits: Benefits, aim: _Aim) -> Grown:
+        """`grown`; or its last step taken again, knowing what it led to, where replies go round more than with no mask.
+
+        Of those that were tried, the mask whose replies go round least.
+        """
+        probe = aim.repetition
+        if probe is None:
+            return grown
+        allowed = len(probe.pairs((), f"{aim.label}, no mask"))
+        best, fewest = grown, len(probe.pairs(grown.planes, f"{aim.label}, finished"))
+        for _ in range(LAST_STEPS_AGAIN):
+            if fewest <= allowed:
+                break
+            aim = aim.knowing_loops_of(grown, "finished")
+            try:
+                grown = self._step(before, benefits, aim, self.n_steps - 1)
+            except SelectionError:
+                break
+            n_loops = len(probe.pairs(grown.planes, f"{aim.label}, finished again"))
+            if n_loops < fewest:
+                best, fewest = grown, n_loops
+        return best
 
     def _measure_again(self, contrasts: CalibrationSet, grown: Grown, aim: _Aim, step: int) -> Benefits:
         toward: Literal[1, -1] = 1 if aim.side == "positive" else -1
@@ -179,6 +216,7 @@ class Growth:
     def _step(self, grown: Grown, benefits: Benefits, aim: _Aim, step: int) -> Grown:
         last = step + 1 == self.n_steps
         damage = self.damages.weighted(1.0, self.limits.chat_weight)
+        others = aim.all_others(grown)
 
         def rank(benefits: Benefits) -> RankedPlanes:
             return fisher_planes(
@@ -188,7 +226,7 @@ class Growth:
                 self.gates,
                 self.granularity,
                 gated=grown.planes,
-                others=aim.others,
+                others=others,
                 budget=self._first_budget,
             )
 

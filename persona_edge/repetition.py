@@ -68,7 +68,8 @@ class RepetitionProbe:
             first, second = (
                 self.calibrator.gate_benefits(pairs[i::2], mask=mask, label=f"repetition {label}") for i in range(2)
             )
-        return (Other(first, second, self._moved(pairs, planes) - RESERVE, one_way=True),)
+        moved = min(self._moved(pairs, planes), 0.0)  # what earlier steps won is no room for this one
+        return (Other(first, second, moved - RESERVE, one_way=True),)
 
     def _moved(self, pairs: Sequence[ContrastPair], planes: Sequence[Plane]) -> float:
         """How far `planes` move the margins of `pairs`, nats per token on average."""

@@ -258,22 +258,35 @@ def _noisy(values: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 class _Probe:
-    """Stands for a RepetitionProbe: mostly, what serves the pole makes replies repeat themselves."""
+    """Stands for a RepetitionProbe: mostly, what serves the pole makes replies go round.
 
-    def __init__(self, benefits: Mapping[str, np.ndarray]) -> None:
+    Masks that are asked about for the first time have `counts` loops, in this order; no mask has 5.
+    """
+
+    def __init__(self, benefits: Mapping[str, NDArray[np.float32]], counts: Sequence[int]) -> None:
+        self.counts = list(counts)
+        self.found: dict[str, list[ContrastPair]] = {planes_digest(()): self._loops(0, 5)}
         self.asked: list[int] = []
         self.learned_from: list[tuple[int, int]] = []
         self.benefits = benefits
 
+    def _loops(self, mask: int, n: int) -> list[ContrastPair]:
+        text = EncodedText((1, mask), 1)
+        return [(text, text)] * n
+
     def pairs(self, planes: Sequence[Plane], label: str = "") -> list[ContrastPair]:
-        self.asked.append(_size(planes))
-        text = EncodedText((1, len(self.asked)), 1)
-        return [(text, text)] * len(self.asked)
+        mask = planes_digest(planes)
+        if mask not in self.found:
+            self.asked.append(_size(planes))
+            self.found[mask] = self._loops(len(self.asked), self.counts.pop(0))
+        return self.found[mask]
 
     def others(self, pairs: Sequence[ContrastPair], planes: Sequence[Plane], label: str = "") -> Sequence[Other]:
+        if not pairs:
+            return ()
         self.learned_from.append((len(pairs), _size(planes)))
         x = {name: _noisy(-values) for name, values in self.benefits.items()}
-        return [Other(x, x, 0.0, one_way=True)]
+        return [Other(x, x, -len(pairs) / 10, one_way=True)]
 
 
 def _size(planes: Sequence[Plane]) -> int:
@@ -295,11 +308,30 @@ def test_later_steps_are_kept_from_repetition_beside_the_other_axes(
         return rank(*arguments, **options)
 
     monkeypatch.setattr("persona_edge.growth.fisher_planes", watch)
-    probe = _Probe(benefits)
+    probe = _Probe(benefits, [1, 2, 5])
     grown = growth(calibrator)[0].grow(items, benefits, "positive", "E", others=[axis], repetition=probe)  # type: ignore[arg-type]
     assert [len(others) for others in given] == [1, 2, 2, 2, 2]  # a later step ranks twice
     assert all(others[0] is axis for others in given)
     assert 0 < probe.asked[0] < probe.asked[1] < _size(grown.planes)
     assert probe.learned_from == [(1, probe.asked[0]), (3, probe.asked[1])]  # earlier steps' loops count too
+    assert probe.asked[2:] == [_size(grown.planes)]  # it has no more than no mask
     without = growth(calibrator)[0].grow(items, benefits, "positive", "E", others=[axis])
     assert planes_digest(without.planes) != planes_digest(grown.planes)
+
+
+@pytest.mark.parametrize(("counts", "best"), [((9, 4), 3), ((9, 7, 8), 3), ((9, 10, 7), 4), ((9, 9, 9), 2)], ids=str)
+def test_a_last_step_that_leads_into_loops_is_taken_again(
+    counts: tuple[int, ...], best: int, calibrator: Calibrator
+) -> None:
+    items = calibration_set(24)
+    benefits = calibrator.gate_benefits(items)
+    probe = _Probe(benefits, [1, 2, *counts])
+    grown = growth(calibrator)[0].grow(items, benefits, "positive", "E", repetition=probe)  # type: ignore[arg-type]
+    assert not probe.counts
+    assert list(probe.found).index(planes_digest(grown.planes)) == best + 1  # after no mask and two steps
+    assert len(grown.steps) == 3
+    before = probe.asked[1]
+    known = 3
+    for i, n in enumerate(counts[:-1]):  # each time the loops of the mask just found are known too
+        known += n
+        assert probe.learned_from[2 + i] == (known, before)
