@@ -46,6 +46,7 @@ DEFAULT_CHAT_WEIGHT = 0.15
 SHARE_OF_STYLE = 0.4
 """The share of a perplexity ratio beyond exp(web KL) that other text shows too (docs/method.md)."""
 LARGEST_LOGARITHM = 700.0  # of a model broken beyond what a float's exponential can say
+START_BUDGET = 0.002  # nats per token, where the first step's search begins
 EARLY_TRIALS = 3
 EARLY_TOLERANCE = 0.25
 CARRIED = 0.7
@@ -145,7 +146,7 @@ class Growth:
         self.limits, self.gates, self.granularity = limits, gates, granularity
         self.n_steps, self.n_trials, self.n_contrasts = n_steps, n_trials, n_contrasts
         self.progress = progress
-        self._first_budget = 0.002
+        self._first_budget = START_BUDGET
 
     def grow(
         self,
@@ -164,6 +165,7 @@ class Growth:
         `benefits` are those of the unmasked model toward the positive pole (`Calibrator.gate_benefits`), which both
         poles share. Raises SelectionError when no step finds anything within its limits.
         """
+        self._first_budget = START_BUDGET  # so that a mask does not depend on which were grown before
         grown = before = Grown((), Drift(1.0, 0.0, 0.0))
         aim = _Aim(side, label, others, repetition)
         for step in range(self.n_steps):

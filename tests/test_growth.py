@@ -252,6 +252,17 @@ def test_a_focused_gradient_is_that_of_weighted_margins(model: TorchModel, one_t
     assert set(found.sums) == {"gate_gradient"}
 
 
+def test_a_mask_does_not_depend_on_those_grown_before(calibrator: Calibrator) -> None:
+    items = calibration_set(24)
+    benefits = calibrator.gate_benefits(items)
+    alone = growth(calibrator)[0].grow(items, benefits, "positive", "E")
+    grower = growth(calibrator)[0]
+    grower.grow(items, benefits, "negative", "I")
+    after = grower.grow(items, benefits, "positive", "E")
+    assert planes_digest(after.planes) == planes_digest(alone.planes)
+    assert after.steps == alone.steps
+
+
 def _noisy(values: NDArray[np.float32]) -> NDArray[np.float32]:
     noise = np.random.default_rng(values.size).standard_normal(values.shape)
     return values + np.float32(values.std()) * noise.astype(np.float32)
