@@ -53,8 +53,8 @@ CARRIED = 0.7
 """What the benefits of the steps before count beside a step's own, both scaled to one size (docs/method.md)."""
 DRIFT_PRICE = 0.05
 """What a nat of drift costs, as a share of the margin that a nat of estimated damage buys (docs/method.md)."""
-LAST_STEPS_AGAIN = 2
-"""How often the last step is taken again when replies go round more than the unmasked model's."""
+AWAY = (0.15, 0.3)
+"""How far the last step, when it is taken again, is to move the loops away, nats per token: each time farther."""
 MeasureDrift = Callable[[Sequence[Plane]], Drift]
 Benefits = Mapping[str, NDArray[np.float32]]
 
@@ -104,13 +104,17 @@ class Grown:
 
 @dataclass(frozen=True)
 class _Aim:
-    """Where a mask is to move the model, and where not: the other axes, and the loops that are known so far."""
+    """Where a mask is to move the model, and where not: the other axes, and the loops that are known so far.
+
+    A step is to move these loops `away`, nats per token.
+    """
 
     side: Side
     label: str
     others: Others
     repetition: RepetitionProbe | None = None
     loops: tuple[ContrastPair, ...] = ()
+    away: float = 0.0
 
     def knowing_loops_of(self, grown: Grown, when: str) -> _Aim:
         """The same, with the loops in what the model with the mask `grown` replies."""
@@ -122,7 +126,8 @@ class _Aim:
         """All that a further step is to leave alone."""
         if self.repetition is None:
             return self.others
-        return (*self.others, *self.repetition.others(self.loops, grown.planes, self.label))
+        loops = self.repetition.others(self.loops, grown.planes, away=self.away, label=self.label)
+        return (*self.others, *loops)
 
 
 class Growth:
@@ -189,12 +194,13 @@ class Growth:
         probe = aim.repetition
         if probe is None:
             return grown
-        allowed = len(probe.pairs((), f"{aim.label}, no mask"))
+        by_itself = len(probe.pairs((), f"{aim.label}, no mask"))
+        allowed = by_itself + math.sqrt(by_itself)  # a count is as uncertain as that
         best, fewest = grown, len(probe.pairs(grown.planes, f"{aim.label}, finished"))
-        for _ in range(LAST_STEPS_AGAIN):
+        for away in AWAY:
             if fewest <= allowed:
                 break
-            aim = aim.knowing_loops_of(grown, "finished")
+            aim = replace(aim.knowing_loops_of(grown, "finished"), away=away)
             try:
                 grown = self._step(before, benefits, aim, self.n_steps - 1)
             except SelectionError:

@@ -32,8 +32,6 @@ PROMPTS_AT_ONCE = 32
 MIN_CONTEXT, MIN_ANSWER = 8, 8
 FEWEST = 8
 """Of fewer loops nothing is learned."""
-RESERVE = 0.1
-"""How far a step is to move loops away, nats per token, as a gate does not do all that its derivative says."""
 ON_TEMPERATURE, ON_PENALTY = 0.8, 1.15
 
 
@@ -56,10 +54,13 @@ class RepetitionProbe:
         encoded = {tuple(prompt_tokens(self.model.tokenizer, prompt, None)) for prompt in prompts}
         self.prompts = sorted(encoded, key=lambda tokens: (len(tokens), tokens))
 
-    def others(self, pairs: Sequence[ContrastPair], planes: Sequence[Plane], label: str = "") -> Others:
+    def others(
+        self, pairs: Sequence[ContrastPair], planes: Sequence[Plane], *, away: float = 0.0, label: str = ""
+    ) -> Others:
         """What closing each further gate does toward going on in `pairs`, on the model with `planes` on.
 
-        Nothing when there are fewer than FEWEST. The model comes unmasked. `label` is what progress is told.
+        They are to be moved `away` from the loops, nats per token. Nothing when there are fewer than FEWEST. The model
+        comes unmasked. `label` is what progress is told.
         """
         if len(pairs) < FEWEST:
             return NO_OTHERS
@@ -69,7 +70,7 @@ class RepetitionProbe:
                 self.calibrator.gate_benefits(pairs[i::2], mask=mask, label=f"repetition {label}") for i in range(2)
             )
         moved = min(self._moved(pairs, planes), 0.0)  # what earlier steps won is no room for this one
-        return (Other(first, second, moved - RESERVE, one_way=True),)
+        return (Other(first, second, moved - away, one_way=True),)
 
     def _moved(self, pairs: Sequence[ContrastPair], planes: Sequence[Plane]) -> float:
         """How far `planes` move the margins of `pairs`, nats per token on average."""

@@ -21,7 +21,6 @@ from persona_edge.repetition import (
     MIN_ANSWER,
     MIN_CONTEXT,
     RECURRING,
-    RESERVE,
     RepetitionProbe,
     repeats_at,
 )
@@ -121,6 +120,7 @@ def test_what_is_measured_is_the_masked_model(
     probe = RepetitionProbe(calibrator, PROMPTS)
     pairs = probe.pairs(planes)
     (other,) = probe.others(pairs, planes)
+    (farther,) = probe.others(pairs, planes, away=0.3)
     assert other.one_way
     assert other.moved is not None
     levels = []
@@ -128,7 +128,8 @@ def test_what_is_measured_is_the_masked_model(
         with masked(model, on):
             going_on, going_round = score_answers(model, pairs).levels
         levels.append(float((going_on - going_round).mean()))
-    assert other.moved + RESERVE == pytest.approx(levels[0] - levels[1], abs=1e-6)
+    assert other.moved == pytest.approx(min(levels[0] - levels[1], 0), abs=1e-6)
+    assert farther.moved == pytest.approx(other.moved - 0.3)
     name = "blk.0.ffn_up.weight"
     unit = int(np.abs(other.benefit[name]).argmax())
     moved = []
