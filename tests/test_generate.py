@@ -72,6 +72,18 @@ def test_a_penalty_keeps_tokens_from_coming_again(model: TorchModel) -> None:
     assert sum(len(tokens) - len(set(tokens)) for tokens in held) == 0
 
 
+def test_the_output_layer_is_asked_for_all_last_tokens_in_one_piece(model: TorchModel) -> None:
+    head = model.model.get_output_embeddings()
+    in_one_piece: list[bool] = []
+    hook = head.register_forward_hook(lambda _module, inputs, _output: in_one_piece.append(inputs[0].is_contiguous()))
+    encoded = [prompt_tokens(model.tokenizer, prompt, None) for prompt in PROMPTS]
+    continue_together(model, encoded, max_tokens=3)
+    hook.remove()
+    assert len(in_one_piece) == 3
+    assert all(in_one_piece)
+    assert not head._forward_pre_hooks
+
+
 def test_progress_counts_prompts(model: TorchModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate, "PROMPTS_AT_ONCE", 3)
     seen: list[tuple[str, int, int]] = []

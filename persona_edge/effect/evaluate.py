@@ -43,7 +43,7 @@ from persona_edge.sketch import check_identity
 __all__ = ["EvalRequest", "evaluate", "finish", "journal_path"]
 
 N_CTX = 2048  # what prompt arms and answers need, with room
-QUICK_BUILD = BuildSettings(n_steps=1, search_trials=3)
+QUICK_BUILD = BuildSettings(n_steps=1, search_trials=3, avoid_repetition=False)
 
 
 def journal_path(request: EvalRequest) -> Path:
