@@ -86,8 +86,8 @@ def continue_together(
 def _in_one_piece(model: TorchModel) -> Iterator[None]:
     """While open, the output layer gets the last tokens' hidden states copied together instead of a view into all.
 
-    For a view, torch multiplies each batch item by a copy of the layer's own: 32 x 272 MB and half of the time in a
-    model with a large vocabulary.
+    For a view, torch multiplies each batch item by a copy of the layer's own: 32 x 272 MB, and more than
+    half of the time, in Qwen2.5-0.5B.
     """
 
     def together(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
