@@ -58,9 +58,9 @@ def open_chat_model(
 ) -> ChatModel:
     """Load `model` with the pack that holds every persona of `wanted` (`base` needs none).
 
-    `pack` is used when it is given; otherwise the newest fitting one next to the model. When nothing is `wanted`, a
-    pack is attached if `look_for_pack` and one is found that fits. `backend` "auto" goes by the file. Raises what
-    `onnx_model_for`, `resolve_model`, `find_pack` and `open_runtime` raise.
+    `pack` is used when it is given; otherwise the newest fitting one next to the model, or else one that ships for it.
+    When nothing is `wanted`, a pack is attached if `look_for_pack` and one is found that fits. `backend` "auto" goes by
+    the file. Raises what `onnx_model_for`, `resolve_model`, `find_pack` and `open_runtime` raise.
     """
     path = onnx_model_for(model, backend) or resolve_model(model, progress=progress).require_gguf()
     personas = [name for name in wanted if name.casefold() != BASE]

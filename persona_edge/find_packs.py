@@ -1,8 +1,9 @@
-"""Which mask packs lie next to a model, and which of them holds a persona.
+"""Which mask packs there are for a model, and which of them holds a persona.
 
 The exporter writes `<model>.<set>.maskpack` next to `<model>.gguf`; those are the packs that are found without being
 named. When several hold what is wanted, the newest is taken, and a note says so. A pack that is damaged is passed over
-with a note as long as another one serves.
+with a note as long as another one serves. Some models of the catalogue have a pack that ships with persona-edge, beside
+their entry in `models/`; it serves when none next to the model does.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 from persona_edge.errors import InputError, PackError, PersonaNotFoundError
 from persona_edge.maskpack import PACK_SUFFIX, MaskPack
 from persona_edge.masks import match_name
 
-__all__ = ["FoundPack", "export_command", "find_pack", "missing_personas", "open_pack", "packs_beside"]
+__all__ = ["FoundPack", "export_command", "find_pack", "missing_personas", "open_pack", "packs_beside", "shipped_packs"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,16 @@ def packs_beside(model: Path) -> tuple[Path, ...]:
     return tuple(sorted(found, key=lambda path: (-path.stat().st_mtime_ns, path.name)))
 
 
+def shipped_packs(model: Path) -> tuple[Path, ...]:
+    """The packs of persona-edge's own for GGUF file `model` or the ONNX graph in the folder exported from it, by name.
+
+    They are found by the file's name. Whether they belong to its weights is checked when they are attached.
+    """
+    file = Path(model.parent.name if model.suffix == ".onnx" else model.name)
+    folder = Path(str(resources.files("persona_edge.models")))
+    return tuple(sorted(path for path in folder.glob(f"*{PACK_SUFFIX}") if path.stem.rpartition(".")[0] == file.stem))
+
+
 def open_pack(path: Path, wanted: Sequence[str] = ()) -> FoundPack:
     """The pack at `path`, which has to hold every persona of `wanted`. PackError or PersonaNotFoundError otherwise."""
     pack = MaskPack.open(path)
@@ -45,17 +57,18 @@ def open_pack(path: Path, wanted: Sequence[str] = ()) -> FoundPack:
 
 
 def find_pack(model: Path, wanted: Sequence[str], model_argument: str) -> FoundPack:
-    """The newest pack next to `model` that holds every persona of `wanted` (none: any pack).
+    """The newest pack next to `model` that holds every persona of `wanted` (none: any pack), or else a shipped one.
 
     `model_argument` is what the user calls the model; the message tells them how to make a pack for it. Raises
     PersonaNotFoundError when packs lack a persona, InputError when there is no pack at all, and the PackError of the
     only pack when that is damaged.
     """
-    paths = packs_beside(model)
-    readable, damaged = _read_all(paths)
+    beside = packs_beside(model)
+    readable, damaged = _read_all([*beside, *shipped_packs(model)])
     holding = [found for found in readable if not missing_personas(found.pack, wanted)]
     if holding:
-        return FoundPack(holding[0].path, holding[0].pack, _note(holding, damaged, wanted))
+        n_beside = sum(found.path in beside for found in holding)
+        return FoundPack(holding[0].path, holding[0].pack, _note(holding[0].path, n_beside, damaged, wanted))
     if damaged and not readable:
         raise damaged[0]
     if readable:
@@ -97,17 +110,17 @@ def _read_all(paths: Sequence[Path]) -> tuple[list[FoundPack], list[PackError]]:
     return readable, damaged
 
 
-def _note(holding: Sequence[FoundPack], damaged: Sequence[PackError], wanted: Sequence[str]) -> str | None:
+def _note(chosen: Path, n_beside: int, damaged: Sequence[PackError], wanted: Sequence[str]) -> str | None:
     notes = []
-    if len(holding) > 1:
+    if n_beside > 1:
         held = f" with {', '.join(wanted)}" if wanted else ""
-        notes.append(f"using {holding[0].path.name}, the newest of {len(holding)} packs{held}; --pack chooses another")
+        notes.append(f"using {chosen.name}, the newest of {n_beside} packs{held}; --pack chooses another")
     notes += [f"passed over a damaged pack: {error}" for error in damaged]
     return "; ".join(notes) or None
 
 
 def _names(paths: Sequence[Path]) -> str:
-    return paths[0].name if len(paths) == 1 else f"the {len(paths)} packs next to the model, e.g. {paths[0].name}"
+    return paths[0].name if len(paths) == 1 else f"the {len(paths)} packs of the model, e.g. {paths[0].name}"
 
 
 def _set_with(persona: str | None) -> str:

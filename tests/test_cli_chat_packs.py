@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from persona_edge.find_packs import find_pack, packs_beside
-from persona_edge.maskpack import write_pack
+from persona_edge.catalogue import load_catalogue
+from persona_edge.errors import PersonaNotFoundError
+from persona_edge.find_packs import find_pack, packs_beside, shipped_packs
+from persona_edge.maskpack import MaskPack, write_pack
+from persona_edge.persona_sets import load_persona_set
+from persona_edge.runtime.session import PersonaRuntime
 from tests.program import run_chat
 from tests.tiny_chat import personas_for, write_model
 
@@ -71,6 +75,55 @@ def test_a_pack_that_nobody_asked_for_does_not_keep_the_model_from_talking(tmp_p
     assert "m.mbti.maskpack was left out: the pack was made from other weights" in result.stderr
     assert "no persona 'INFP': the pack was made from other weights" in result.stderr
     assert result.exit_code == 2
+
+
+# Packs that ship
+
+SHIPPED = "SmolLM2-135M-Instruct.Q4_1"
+
+
+def test_a_pack_that_ships_serves_when_none_beside_the_model_does(tmp_path: Path) -> None:
+    model = write_model(tmp_path / f"{SHIPPED}.gguf")
+    assert find_pack(model, ["INFP"], "m").path == shipped_packs(model)[0]
+    own = tmp_path / f"{SHIPPED}.own.maskpack"
+    write_pack(own, personas_for(model, personas={"INFP": ("I", "N"), "pirate": ("I",)}))
+    assert (find_pack(model, ["infp"], "m").path, find_pack(model, [], "m").path) == (own, own)
+    assert find_pack(model, ["INFP"], "m").note is None
+    assert find_pack(model, ["ENTJ"], "m").path == shipped_packs(model)[0]
+    with pytest.raises(PersonaNotFoundError, match=r"no persona 'formal' in the 2 packs of the model"):
+        find_pack(model, ["formal"], "m")
+    own.write_bytes(b"PEMP")
+    assert "passed over a damaged pack" in str(find_pack(model, ["INFP"], "m").note)
+
+
+def test_a_pack_that_ships_is_found_by_the_name_of_the_file_or_the_onnx_folder(tmp_path: Path) -> None:
+    assert shipped_packs(tmp_path / f"{SHIPPED}.onnx-int4" / "model.onnx") == shipped_packs(Path(f"{SHIPPED}.gguf"))
+    for other in (f"{SHIPPED}.onnx-int4.gguf", "SmolLM2-135M-Instruct.gguf", "model.onnx", "m.gguf"):
+        assert shipped_packs(tmp_path / other) == ()
+
+
+def test_packs_that_ship_belong_to_a_file_of_the_catalogue_and_hold_their_whole_set() -> None:
+    known = {source.file for entry in load_catalogue().values() for source in entry.sources}
+    packs = sorted(Path("models").glob("*.maskpack"))
+    assert packs
+    for path in packs:
+        stem, set_name = path.stem.rsplit(".", 1)
+        assert f"{stem}.gguf" in known
+        pack, wanted = MaskPack.open(path), load_persona_set(set_name)
+        assert dict(pack.personas) == dict(wanted.personas)
+
+
+def test_the_default_model_takes_the_pack_that_ships_for_it(smollm2_path: Path) -> None:
+    with PersonaRuntime.open(smollm2_path, shipped_packs(smollm2_path)[0]) as model:
+        assert model.switch("INFP").n_units_written > 10_000
+
+
+def test_a_shipped_pack_is_refused_by_other_weights_of_that_name(tmp_path: Path) -> None:
+    line = failure("--persona", "INFP", model=str(write_model(tmp_path / f"{SHIPPED}.gguf")))
+    assert "the pack was made from another model" in line
+
+
+# Failures
 
 
 def failure(*arguments: str, model: str) -> str:

@@ -54,11 +54,12 @@ def test_list_shows_every_model_and_where_it_is() -> None:
         "kind",
         "size",
         "licence",
+        "packs",
         "where",
     ]
     rows = {line.split()[0]: line for line in lines[1:] if line and not line.startswith("~")}
     assert set(rows) == set(load_catalogue())
-    assert rows["mine"].split() == ["mine", "1.5B", "llama", "Q8_0", "base", "0", "kB", "MIT", "local"]
+    assert rows["mine"].split() == ["mine", "1.5B", "llama", "Q8_0", "base", "0", "kB", "MIT", "-", "local"]
     assert rows["qwen2.5-14b"].endswith("needs download")
     assert "~9.0 GB" in rows["qwen2.5-14b"]
     assert "98 MB" in rows["smollm2-135m"]
@@ -72,6 +73,9 @@ def test_list_as_json_holds_the_whole_catalogue(own_model: Path) -> None:
     default = listed["smollm2-135m"]
     assert default["licence"] == "Apache-2.0"
     assert default["sources"][0]["verified"] is True
+    assert [Path(pack).name for pack in default["packs"]] == ["SmolLM2-135M-Instruct.Q4_1.mbti16.maskpack"]
+    assert all(Path(pack).is_file() for pack in default["packs"])
+    assert listed["mine"]["packs"] == []
     assert default["originals"] == [{"repo": "HuggingFaceTB/SmolLM2-135M-Instruct", "path": None, "verified": False}]
 
 

@@ -42,7 +42,9 @@ _conversation_options = _together(
         "--model", default=DEFAULT_MODEL, show_default=True, help="A catalogue name, a GGUF file or an ONNX folder."
     ),
     click.option(
-        "--pack", type=click.Path(path_type=Path), help="The mask pack.  [default: the newest next to the model]"
+        "--pack",
+        type=click.Path(path_type=Path),
+        help="The mask pack.  [default: the newest next to the model, or one that ships]",
     ),
     click.option("--persona", help="Who answers, such as INFP.  [default: the unmodified model]"),
     click.option(

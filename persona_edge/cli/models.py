@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import click
 
 from persona_edge.catalogue import CatalogueEntry, find_entry, load_catalogue, resolve_model
 from persona_edge.cli.progress import ProgressLine, bytes_text
+from persona_edge.find_packs import shipped_packs
 from persona_edge.sources import locate, place_of, pull
 
 __all__ = ["models"]
 
-_COLUMNS = ("name", "parameters", "architecture", "quantization", "kind", "size", "licence", "where")
+_COLUMNS = ("name", "parameters", "architecture", "quantization", "kind", "size", "licence", "packs", "where")
 
 
 @click.group()
@@ -65,8 +67,21 @@ def _row(entry: CatalogueEntry) -> tuple[str, ...]:
         entry.kind,
         _size(entry),
         entry.licence.name,
+        ", ".join(_sets(entry)) or "-",
         place_of(entry),
     )
+
+
+def _packs(entry: CatalogueEntry) -> list[Path]:
+    """The packs that ship for the files that `entry` knows."""
+    return [
+        pack for file in dict.fromkeys(source.file for source in entry.sources) for pack in shipped_packs(Path(file))
+    ]
+
+
+def _sets(entry: CatalogueEntry) -> list[str]:
+    """The names of the persona sets of those packs: `m.Q4.mbti16.maskpack` holds `mbti16`."""
+    return [pack.stem.rpartition(".")[2] for pack in _packs(entry)]
 
 
 def _parameters(count: int) -> str:
@@ -102,6 +117,7 @@ def _as_json(entry: CatalogueEntry) -> dict[str, object]:
         "note": entry.note,
         "where": place_of(entry),
         "path": str(path) if path is not None else None,
+        "packs": [str(pack) for pack in _packs(entry)],
         "sources": [
             {
                 "source": str(source),
