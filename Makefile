@@ -35,7 +35,7 @@ ASK := $(BIN)/persona-edge chat --model smollm2-135m --temperature 0 --max-token
 
 demo: $(STAMP)
 	$(ASK) --compare base,INFP,ENTJ
-	@echo 'That was the pack that ships. Now E and I are found from nothing, some 20 minutes; all 16 (--personas mbti16) take 70.'
+	@echo 'That was the pack that ships. Now E and I are found from nothing, some 15 minutes; all 16 (--personas mbti16) take 70.'
 	$(BIN)/persona-edge export --model smollm2-135m --personas mbti-ei
 	$(ASK) --compare base,E,I
 
