@@ -132,6 +132,29 @@ def test_a_pack_is_measured_as_it_is(folder: Path, tmp_path: Path) -> None:
     assert str(record.settings["pack"]).startswith("tiny.maskpack, SHA-256 ")
 
 
+def test_arms_beside_a_pack_are_made_from_as_few_contrasts(folder: Path, tmp_path: Path) -> None:
+    used = {"sha256": axis_set(folder).content_hash(), "n_contrasts": 24}
+    report = {"poles": {"E": {"calibration_set": used}}}
+    write_pack(tmp_path / "tiny.maskpack", personas_for(folder / "tiny.gguf", personas={"E": ("E",)}, report=report))
+    stored, asked = [], []
+    for n in (24, 12):
+        result = run_eval(
+            *(folder, "--pack", str(tmp_path / "tiny.maskpack"), "--arms", "contrastive-fisher,retrieval"),
+            *("--tasks", "contrasts", "--contrasts", str(n), "--n-items", "50", "--output", str(tmp_path / "effect")),
+        )
+        assert result.exit_code == 0, result.output
+        record = read(tmp_path / "effect")
+        assert failures(record) == []
+        assert record.settings["contrasts that arms are made from, at most"] == n
+        assert ("note: axis EI: the pack's masks were found in 24 of" in result.stderr) == (n < 24)
+        retrieval = record.arm("pytorch", "retrieval", "E")
+        assert retrieval is not None
+        stored.append(float(retrieval.facts["artefact_bytes"]))
+        asked.append(retrieval.outcomes[0].measures[0].values.size)
+    assert stored[1] < stored[0]
+    assert asked == [len(axis_set(folder).split()[1])] * 2
+
+
 def test_a_pack_on_the_runtime_needs_no_torch(folder: Path, tmp_path: Path) -> None:
     personas = personas_for(folder / "tiny.gguf", personas={"E": ("E",), "I": ("I",)})
     write_pack(tmp_path / "tiny.maskpack", personas)

@@ -65,6 +65,12 @@ class _Names(click.ParamType[Any]):
     type=click.Path(path_type=Path, dir_okay=False),
     help="Measure this pack's masks instead of building some.",
 )
+@click.option(
+    "--contrasts",
+    "n_contrasts",
+    type=click.IntRange(min=2),
+    help="Make arms from at most this many contrasts per axis, as export does; tasks still ask all that are held out.",
+)
 @click.option("--n-items", type=click.IntRange(min=1), help="Items per task, at most. [default: 100; --quick: 16]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--quick", is_flag=True, help="Fewer arms, tasks and items, and one axis: ten minutes on two cores.")

@@ -30,8 +30,9 @@ class EvalRequest:
     """What to evaluate; names are as on the command line, None means all of them.
 
     Of everything that is not given, `quick` takes fewer: arms, tasks, items, and of each set the first axis, with at
-    most `QUICK_CONTRASTS` of its contrasts. `output` is the reports' path without suffix, `data` the folder of the
-    evaluation data. `command` is kept in the record.
+    most `QUICK_CONTRASTS` of its contrasts. `n_contrasts` limits what arms are made from, as in `export`, and not what
+    tasks ask. `output` is the reports' path without suffix, `data` the folder of the evaluation data. `command` is kept
+    in the record.
     """
 
     model: str
@@ -43,6 +44,7 @@ class EvalRequest:
     engine: Literal["pytorch", "runtime", "both"] = "pytorch"
     backend: Literal["auto", "gguf", "onnx", "both"] = "auto"
     pack: Path | None = None
+    n_contrasts: int | None = None
     n_items: int | None = None
     seed: int = 0
     quick: bool = False
@@ -62,11 +64,16 @@ class EvalRequest:
 
 @dataclass(frozen=True)
 class Section:
-    """One axis of a set, with the poles and compositions to measure on it and each one's direction there."""
+    """One axis of a set, with the poles and compositions to measure on it and each one's direction there.
+
+    Tasks ask the held-out part of `axis_set`; arms are made from the calibration part of `made_from`, which is all of
+    `axis_set` or a draw from it.
+    """
 
     spec: PersonaSpec
     axis_set: CalibrationSet
     wearers: tuple[tuple[str, int], ...]
+    made_from: CalibrationSet
 
 
 def chosen_arms(request: EvalRequest) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -129,12 +136,14 @@ def sections_of(request: EvalRequest, pack: MaskPack | None) -> tuple[Section, .
     if not found:
         asked = ", ".join(request.personas)
         raise PersonaNotFoundError(f"{request.pack} holds no pole of {asked}; give --personas the set it was made from")
-    return tuple(found)
+    n = request.n_contrasts
+    return tuple(found if n is None else [replace(s, made_from=s.axis_set.limit(n)) for s in found])
 
 
 def _shortened(section: Section) -> Section:
     """The section with fewer contrasts, as long as calibrating is most of the work."""
-    return replace(section, axis_set=section.axis_set.limit(QUICK_CONTRASTS))
+    shorter = section.axis_set.limit(QUICK_CONTRASTS)
+    return replace(section, axis_set=shorter, made_from=shorter)
 
 
 def _spelled(wanted: str, specs: Sequence[PersonaSpec], pack: MaskPack | None) -> str:
@@ -160,4 +169,4 @@ def _sections(spec: PersonaSpec, wanted: Sequence[str] | None, pack: MaskPack | 
             (name, sides[pole]) for name in dict.fromkeys(held) for pole in spec.personas.get(name, ()) if pole in sides
         ]
         if wearers:
-            yield Section(spec, axis_set, tuple(wearers))
+            yield Section(spec, axis_set, tuple(wearers), axis_set)

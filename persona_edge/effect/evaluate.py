@@ -24,6 +24,7 @@ from persona_edge.effect.analysis import analyse_pack
 from persona_edge.effect.arm_registry import RUNTIME_ARMS, ArmContext, make_arms
 from persona_edge.effect.eval_files import EvalFiles, files_of
 from persona_edge.effect.eval_plan import EvalRequest, Section, chosen_arms, chosen_tasks, from_pack, sections_of
+from persona_edge.effect.even_contrasts import uneven_contrasts
 from persona_edge.effect.interfaces import Arm, Engine, EngineName, Task
 from persona_edge.effect.journal import Journal
 from persona_edge.effect.mask_arms import mask_arm_from_pack
@@ -70,6 +71,7 @@ def evaluate(
         arms, left_out = from_pack(arms, pack)
         notes = (*notes, *left_out)
     require_writable(report_path(request.output, ".json"))
+    notes = (*notes, *uneven_contrasts(sections, arms, pack))
     return _Evaluation(request, arms, pack, files, progress).record(sections, notes)
 
 
@@ -186,12 +188,12 @@ class _Evaluation:
                     yield from self._plan(name, section, persona, toward)
 
     def _plan(self, name: str, section: Section, persona: str, toward: int) -> Iterator[PlannedArm]:
-        axis_set = section.axis_set
+        axis_set, made_from = section.axis_set, section.made_from
         if name == REFERENCE and self.pack is not None:
             make = partial(mask_arm_from_pack, self.pack, persona, toward)
             yield PlannedArm(name, persona, toward, make, {"pack": self._pack_sha256})
         elif persona in (axis_set.positive_pole, axis_set.negative_pole):
-            yield PlannedArm(name, persona, toward, partial(self._made, name, axis_set, toward), self._key(axis_set))
+            yield PlannedArm(name, persona, toward, partial(self._made, name, made_from, toward), self._key(made_from))
         else:
             self.notes.append(f"{name} is made for poles, not for compositions such as {persona}")
 
@@ -237,6 +239,7 @@ class _Evaluation:
             **self._onnx_settings(),
             "pack": None if request.pack is None else f"{request.pack.name}, SHA-256 {self._pack_sha256}",
             "sets": {s.axis_set.axis: f"{s.spec.name}, SHA-256 {s.axis_set.content_hash()}" for s in sections},
+            "contrasts that arms are made from, at most": request.n_contrasts,
         }
 
 
