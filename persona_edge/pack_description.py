@@ -18,7 +18,7 @@ from persona_edge.pack_picture import gated_shares
 from persona_edge.sketch import SketchResult
 from persona_edge.terminal_text import bytes_text, display_width, printable
 
-__all__ = ["describe", "json_text", "pack_lines"]
+__all__ = ["describe", "json_text", "pack_lines", "value_at"]
 
 _LONGEST_VALUE = 60  # characters of a report's value that a line shows
 
@@ -195,10 +195,16 @@ def _toward(report: Mapping[str, Any], pole: str, which: str) -> float | None:
     return share if side == "positive" else 1 - share
 
 
-def _number(value: object, *keys: str) -> float | None:
-    """The finite number at this path of keys; None when it is not there or something else is."""
+def value_at(report: object, *keys: str) -> object:
+    """What a report, of any shape, has at this path of keys; None when it has nothing there."""
     for key in keys:
-        value = value.get(key) if isinstance(value, Mapping) else None
+        report = report.get(key) if isinstance(report, Mapping) else None
+    return report
+
+
+def _number(report: object, *keys: str) -> float | None:
+    """The finite number at this path of keys; None when it is not there or something else is."""
+    value = value_at(report, *keys)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:

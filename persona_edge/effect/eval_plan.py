@@ -29,10 +29,10 @@ USUAL_ITEMS: Final = 100
 class EvalRequest:
     """What to evaluate; names are as on the command line, None means all of them.
 
-    Of everything that is not given, `quick` takes fewer: arms, tasks, items, and of each set the first axis, with at
-    most `QUICK_CONTRASTS` of its contrasts. `n_contrasts` limits what arms are made from, as in `export`, and not what
-    tasks ask. `output` is the reports' path without suffix, `data` the folder of the evaluation data. `command` is kept
-    in the record.
+    Of everything that is not given, `quick` takes fewer: arms, tasks, items, and of each set the first axis, with arms
+    from at most `QUICK_CONTRASTS` of its contrasts. `n_contrasts`, 1 or more, limits what arms are made from, as in
+    `export`, and not what tasks ask. `output` is the reports' path without suffix, `data` the folder of the evaluation
+    data. `command` is kept in the record.
     """
 
     model: str
@@ -125,25 +125,22 @@ def chosen_tasks(request: EvalRequest) -> tuple[str, ...]:
 
 def sections_of(request: EvalRequest, pack: MaskPack | None) -> tuple[Section, ...]:
     """The axes to measure. Raises PersonaNotFoundError for a pole that no set, or not the pack, has, and InputError for
-    a composition without a pack.
+    a composition without a pack, or fewer than 1 contrast.
     """
     specs = [load_persona_set(name) for name in request.personas]
     wanted = None if request.poles is None else [_spelled(name, specs, pack) for name in request.poles]
     found = [section for spec in specs for section in _sections(spec, wanted, pack)]
+    n_contrasts = request.n_contrasts
     if request.quick and wanted is None:
         firsts = {section.spec.name: section for section in reversed(found)}
-        found = [_shortened(section) for section in found if firsts[section.spec.name] is section]
+        found = [section for section in found if firsts[section.spec.name] is section]
+        n_contrasts = QUICK_CONTRASTS if n_contrasts is None else n_contrasts
     if not found:
         asked = ", ".join(request.personas)
         raise PersonaNotFoundError(f"{request.pack} holds no pole of {asked}; give --personas the set it was made from")
-    n = request.n_contrasts
-    return tuple(found if n is None else [replace(s, made_from=s.axis_set.limit(n)) for s in found])
-
-
-def _shortened(section: Section) -> Section:
-    """The section with fewer contrasts, as long as calibrating is most of the work."""
-    shorter = section.axis_set.limit(QUICK_CONTRASTS)
-    return replace(section, axis_set=shorter, made_from=shorter)
+    if n_contrasts is None:
+        return tuple(found)
+    return tuple(replace(section, made_from=section.axis_set.limit(n_contrasts)) for section in found)
 
 
 def _spelled(wanted: str, specs: Sequence[PersonaSpec], pack: MaskPack | None) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from persona_edge.effect.arm_registry import ARM_NAMES
 from persona_edge.effect.eval_plan import Section
 from persona_edge.effect.tables import BASE, REFERENCE
 from persona_edge.maskpack import MaskPack
+from persona_edge.pack_description import value_at
 
 __all__ = ["uneven_contrasts"]
 
@@ -39,12 +40,11 @@ def uneven_contrasts(sections: Sequence[Section], arms: Sequence[str], pack: Mas
 
 def _calibrated_on(pack: MaskPack, poles: Sequence[str]) -> list[tuple[int, str]]:
     """The number of contrasts and their hash, as the report of the pack has them for these poles, each once."""
-    reports = pack.report.get("poles")
     found: dict[tuple[int, str], None] = {}
     for pole in poles:
-        report = reports.get(pole) if isinstance(reports, Mapping) else None
-        used = report.get("calibration_set") if isinstance(report, Mapping) else None
-        n, sha256 = (used.get("n_contrasts"), used.get("sha256")) if isinstance(used, Mapping) else (None, None)
-        if isinstance(n, int) and not isinstance(n, bool) and isinstance(sha256, str):
-            found[n, sha256] = None
+        n_contrasts, sha256 = (
+            value_at(pack.report, "poles", pole, "calibration_set", key) for key in ("n_contrasts", "sha256")
+        )
+        if isinstance(n_contrasts, int) and not isinstance(n_contrasts, bool) and isinstance(sha256, str):
+            found[n_contrasts, sha256] = None
     return list(found)
